@@ -1,0 +1,49 @@
+# make demo   sets up .venv, builds, runs three models side by side
+# make test   sets up what is missing and runs the whole test suite
+# make lint   formatting, lint, types
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h)
+# CPU threads beyond the cores only make the models slower.
+export OMP_NUM_THREADS ?= $(shell nproc)
+
+.PHONY: all build demo test lint format bench clean
+all: build
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed (make PYTHON=...)")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python scripts/install_dev.py
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed setup.py $(SOURCES)
+	PYGPUKIT_STRICT=1 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+build: $(VENV)/.built
+
+demo: build
+	$(BIN)/python examples/multi_model.py
+
+test: build
+	$(BIN)/python -m pytest
+
+lint: build
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard benchmarks/*.cpp tests/*/*.cpp)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: build
+	$(BIN)/clang-format -i $(SOURCES) $(wildcard benchmarks/*.cpp tests/*/*.cpp)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: build
+	$(BIN)/python -m benchmarks alloc
+
+clean:
+	rm -rf build *.egg-info pygpukit_torch/*.so pygpukit_torch/_build.py $(VENV)/.built

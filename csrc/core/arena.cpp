@@ -1,0 +1,286 @@
+#include "core/arena.h"
+
+#include <algorithm>
+
+#include "core/error.h"
+
+namespace pgk {
+
+Arena::Arena(std::size_t page_bytes, std::uint32_t page_count)
+    : page_granules_(static_cast<std::uint32_t>(page_bytes / kGranule)),
+      page_shift_(static_cast<std::uint32_t>(std::countr_zero(page_granules_))),
+      page_count_(page_count),
+      starts_(page_count) {
+  const bool valid = std::has_single_bit(page_bytes) && page_bytes >= kGranule && page_count > 0 &&
+                     std::uint64_t{page_count} * page_granules_ < kNone;
+  if (!valid) {
+    throw Error(ErrorCode::invalid_value, "an arena of " + std::to_string(page_count) +
+                                              " pages of " + format_bytes(page_bytes) +
+                                              " is not possible");
+  }
+  blocks_.resize(1);
+  const Index whole = new_record();
+  blocks_[whole].count = page_count * page_granules_;
+  blocks_[whole].state = State::hole;
+  holes_.emplace(0, whole);
+}
+
+Arena::~Arena() {
+  for (std::uint32_t page = 0; page < page_count_; ++page) std::free(starts_[page]);
+}
+
+// Records ------------------------------------------------------------------------------------
+
+Arena::Index Arena::new_record() {
+  if (unused_ != 0) {
+    const Index index = unused_;
+    unused_ = blocks_[index].link;
+    blocks_[index] = Block{};
+    return index;
+  }
+  blocks_.emplace_back();
+  return static_cast<Index>(blocks_.size() - 1);
+}
+
+void Arena::drop_record(Index index) {
+  blocks_[index] = Block{};
+  blocks_[index].link = unused_;
+  unused_ = index;
+}
+
+// Cuts the block after `count` granules; the record keeps the lower part. The upper part has the
+// same state, but is in no index yet.
+Arena::Index Arena::split(Index index, std::uint32_t count) {
+  const Index upper = new_record();
+  Block& block = blocks_[index];
+  Block& rest = blocks_[upper];
+  rest.start = block.start + count;
+  rest.count = block.count - count;
+  rest.state = block.state;
+  rest.previous = index;
+  rest.next = block.next;
+  if (block.next != 0) blocks_[block.next].previous = upper;
+  block.next = upper;
+  block.count = count;
+  return upper;
+}
+
+void Arena::absorb_next(Index index) {
+  Block& block = blocks_[index];
+  const Index gone = block.next;
+  block.count += blocks_[gone].count;
+  block.next = blocks_[gone].next;
+  if (block.next != 0) blocks_[block.next].previous = index;
+  drop_record(gone);
+}
+
+// Allocation ---------------------------------------------------------------------------------
+
+std::uint32_t Arena::allocate_best_fit(std::uint32_t granules) {
+  auto fit = free_.lower_bound({granules, 0});
+  if (fit == free_.end() && cached_blocks_ > 0) {
+    empty_bins();
+    fit = free_.lower_bound({granules, 0});
+  }
+  if (fit == free_.end()) return kNone;
+  const Index index = start_entry(fit->second);
+  free_.erase(fit);
+  if (blocks_[index].count > granules) {
+    const Index rest = split(index, granules);
+    start_entry(blocks_[rest].start) = rest;
+    free_.emplace(blocks_[rest].count, blocks_[rest].start);
+  }
+  return hand_out(index);
+}
+
+std::uint32_t Arena::release(std::uint32_t start) {
+  const Index index = find_live(start);
+  if (index == 0) {
+    throw Error(ErrorCode::invalid_value,
+                "no live block starts at offset " + std::to_string(start * kGranule));
+  }
+  Block& block = blocks_[index];
+  Index& bin = bins_[bin_of(block.count)];
+  block.state = State::cached;
+  block.link = bin;
+  bin = index;
+  ++cached_blocks_;
+  --live_blocks_;
+  used_ -= block.count;
+  return block.count;
+}
+
+void Arena::empty_bins() {
+  for (Index& bin : bins_) {
+    for (Index index = std::exchange(bin, 0); index != 0;) {
+      const Index next = blocks_[index].link;
+      make_free(index);
+      index = next;
+    }
+  }
+  cached_blocks_ = 0;
+}
+
+// Enters the block into the free index, merged with its free neighbours.
+void Arena::make_free(Index index) {
+  blocks_[index].state = State::free;
+  blocks_[index].link = 0;
+  const auto forget = [this](Index neighbour) {
+    free_.erase({blocks_[neighbour].count, blocks_[neighbour].start});
+  };
+  const Index next = blocks_[index].next;
+  if (next != 0 && blocks_[next].state == State::free) {
+    forget(next);
+    start_entry(blocks_[next].start) = 0;
+    absorb_next(index);
+  }
+  const Index previous = blocks_[index].previous;
+  if (previous != 0 && blocks_[previous].state == State::free) {
+    forget(previous);
+    start_entry(blocks_[index].start) = 0;
+    absorb_next(previous);
+    index = previous;
+  }
+  free_.emplace(blocks_[index].count, blocks_[index].start);
+}
+
+// Pages --------------------------------------------------------------------------------------
+
+std::optional<Arena::PageRun> Arena::plan_growth(std::uint32_t granules) const {
+  std::optional<PageRun> best;
+  const auto free_granules = [this](Index index) {
+    return index != 0 && blocks_[index].state == State::free ? blocks_[index].count : 0;
+  };
+  const auto pages_for = [this](std::uint32_t missing) {
+    return missing / page_granules_ + (missing % page_granules_ != 0);
+  };
+  for (const auto& [start, index] : holes_) {
+    const Block& hole = blocks_[index];
+    const std::uint32_t below = free_granules(hole.previous);
+    const std::uint32_t above = free_granules(hole.next);
+    const std::uint32_t hole_pages = hole.count / page_granules_;
+    PageRun run{page_of(start), hole_pages};
+    const std::uint32_t from_below = below < granules ? pages_for(granules - below) : 1;
+    const std::uint32_t from_above = above < granules ? pages_for(granules - above) : 1;
+    if (std::min(from_below, from_above) <= hole_pages) {
+      run.count = std::min(from_below, from_above);
+      if (from_above < from_below) run.first += hole_pages - run.count;
+    } else if (std::uint64_t{below} + hole.count + above < granules) {
+      continue;
+    }
+    if (!best || run.count < best->count) best = run;
+  }
+  return best;
+}
+
+void Arena::add_pages(PageRun pages) {
+  const std::uint32_t start = pages.first * page_granules_;
+  const std::uint32_t count = pages.count * page_granules_;
+  auto hole = holes_.upper_bound(start);
+  const bool inside = hole != holes_.begin() && pages.count > 0 &&
+                      start + count <= std::prev(hole)->first + blocks_[std::prev(hole)->second].count;
+  if (!inside) {
+    throw Error(ErrorCode::invalid_value, "pages to add do not lie in one hole");
+  }
+  --hole;
+  std::vector<ZeroedArray<Index>> tables;
+  for (std::uint32_t i = 0; i < pages.count; ++i) tables.emplace_back(page_granules_);
+  for (std::uint32_t i = 0; i < pages.count; ++i) starts_[pages.first + i] = tables[i].release();
+
+  Index index = hole->second;
+  if (blocks_[index].start < start) {
+    index = split(index, start - blocks_[index].start);
+  } else {
+    holes_.erase(hole);
+  }
+  if (blocks_[index].count > count) {
+    const Index rest = split(index, count);
+    holes_.emplace(blocks_[rest].start, rest);
+  }
+  start_entry(start) = index;
+  resident_pages_ += pages.count;
+  make_free(index);
+}
+
+std::vector<Arena::FreeRun> Arena::free_runs(std::optional<PageRun> beside) {
+  empty_bins();
+  std::vector<FreeRun> runs;
+  for (auto it = free_.rbegin(); it != free_.rend() && it->first >= page_granules_; ++it) {
+    const auto [count, start] = *it;
+    const std::uint32_t first = page_of(start + page_granules_ - 1);
+    const std::uint32_t end = page_of(start + count);
+    if (first >= end) continue;
+    const bool borders = beside && (start + count == beside->first * page_granules_ ||
+                                    start == (beside->first + beside->count) * page_granules_);
+    if (!borders) runs.push_back({start, {first, end - first}});
+  }
+  return runs;
+}
+
+void Arena::remove_pages(const FreeRun& run) {
+  const std::uint32_t start = run.pages.first * page_granules_;
+  const std::uint32_t count = run.pages.count * page_granules_;
+  Index index = page_of(run.block) < page_count_ && has_table(run.block) ? start_entry(run.block) : 0;
+  const Block& block = blocks_[index];
+  if (count == 0 || block.state != State::free || start < block.start ||
+      start + count > block.start + block.count) {
+    throw Error(ErrorCode::invalid_value, "pages to remove do not lie in one free block");
+  }
+  free_.erase({block.count, block.start});
+  if (block.start < start) {
+    const Index middle = split(index, start - block.start);
+    free_.emplace(blocks_[index].count, blocks_[index].start);
+    index = middle;
+  }
+  if (blocks_[index].count > count) {
+    const Index rest = split(index, count);
+    start_entry(blocks_[rest].start) = rest;
+    free_.emplace(blocks_[rest].count, blocks_[rest].start);
+  }
+  for (std::uint32_t i = 0; i < run.pages.count; ++i) {
+    std::free(std::exchange(starts_[run.pages.first + i], nullptr));
+  }
+  resident_pages_ -= run.pages.count;
+  merge_hole(index);
+}
+
+void Arena::merge_hole(Index index) {
+  blocks_[index].state = State::hole;
+  const Index next = blocks_[index].next;
+  if (next != 0 && blocks_[next].state == State::hole) {
+    holes_.erase(blocks_[next].start);
+    absorb_next(index);
+  }
+  const Index previous = blocks_[index].previous;
+  if (previous != 0 && blocks_[previous].state == State::hole) {
+    absorb_next(previous);
+  } else {
+    holes_.emplace(blocks_[index].start, index);
+  }
+}
+
+std::uint32_t Arena::count_free_pages() const {
+  std::uint32_t pages = 0;
+  std::uint32_t start = 0;
+  std::uint32_t end = 0;  // of the current run of unused granules
+  const auto close_run = [&] {
+    const std::uint32_t first = page_of(start + page_granules_ - 1);
+    const std::uint32_t last = page_of(end);
+    if (first < last) pages += last - first;
+  };
+  for (Index index = 1; index != 0; index = blocks_[index].next) {
+    const Block& block = blocks_[index];
+    const bool idle = block.state == State::free || block.state == State::cached;
+    if (idle && end == block.start && end != start) {
+      end = block.start + block.count;
+    } else {
+      close_run();
+      start = block.start;
+      end = idle ? block.start + block.count : block.start;
+    }
+  }
+  close_run();
+  return pages;
+}
+
+}  // namespace pgk

@@ -1,0 +1,70 @@
+#include "core/handle_pool.h"
+
+#include "core/error.h"
+
+namespace pgk {
+
+void HandlePool::release_spare(Shelf& shelf) {
+  const Handle handle = shelf.handles.back();
+  device_.release(handle);
+  shelf.handles.pop_back();
+  existing_bytes_ -= handle.bytes;
+}
+
+Handle HandlePool::create(std::size_t bytes) {
+  // Spare handles of other sizes occupy physical memory that the books count as free.
+  for (auto& [size, shelf] : shelves_) {
+    while (existing_bytes_ + bytes > device_.properties().capacity && shelf.has_spare()) {
+      release_spare(shelf);
+    }
+  }
+  const Handle handle = device_.create(bytes);
+  existing_bytes_ += bytes;
+  return handle;
+}
+
+Handle HandlePool::take(std::size_t bytes, bool reserved) {
+  Shelf& shelf = shelves_[bytes];
+  if (!reserved && !shelf.has_spare()) return create(bytes);
+  const Handle handle = shelf.handles.back();
+  shelf.handles.pop_back();
+  if (reserved) --shelf.reserved;
+  return handle;
+}
+
+void HandlePool::give_back(Handle handle, bool reserved) {
+  Shelf& shelf = shelves_[handle.bytes];
+  shelf.handles.push_back(handle);
+  if (reserved) ++shelf.reserved;
+}
+
+void HandlePool::reserve(std::size_t bytes, std::size_t count) {
+  Shelf& shelf = shelves_[bytes];
+  while (shelf.handles.size() < shelf.reserved + count) shelf.handles.push_back(create(bytes));
+  shelf.reserved += count;
+}
+
+void HandlePool::unreserve(std::size_t bytes, std::size_t count) { shelves_[bytes].reserved -= count; }
+
+void HandlePool::trim() {
+  for (auto& [size, shelf] : shelves_) {
+    try {
+      while (shelf.has_spare()) release_spare(shelf);
+    } catch (const Error&) {
+      // Still pooled and counted; the next trim or a taker gets it.
+    }
+  }
+}
+
+std::size_t HandlePool::reserved(std::size_t bytes) const {
+  const auto it = shelves_.find(bytes);
+  return it == shelves_.end() ? 0 : it->second.reserved;
+}
+
+std::size_t HandlePool::pooled_bytes() const {
+  std::size_t bytes = 0;
+  for (const auto& [size, shelf] : shelves_) bytes += size * shelf.handles.size();
+  return bytes;
+}
+
+}  // namespace pgk

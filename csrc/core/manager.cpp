@@ -1,0 +1,276 @@
+#include "core/manager.h"
+
+#include <algorithm>
+#include <bit>
+
+#include "core/address_table.h"
+#include "core/scope_exit.h"
+
+namespace pgk {
+namespace {
+
+using ContextLock = std::lock_guard<std::mutex>;
+
+// Bulk pages: the device calls cost the same for 2 MiB as for 32 MiB, while a budget should not
+// lose more than a 64th to rounding.
+constexpr std::size_t kLargestPage = 32 * MiB;
+constexpr std::size_t kPagesPerBudget = 64;
+
+// A budget never fills its range: free gaps between live pages must still hold large blocks.
+constexpr std::size_t kRangePerCapacity = 2;
+
+}  // namespace
+
+std::shared_ptr<Manager> Manager::make(std::shared_ptr<Device> device) {
+  return std::shared_ptr<Manager>(new Manager(std::move(device)));
+}
+
+Manager::Manager(std::shared_ptr<Device> device)
+    : device_(std::move(device)), ledger_(device_->properties().capacity), pool_(*device_) {}
+
+Manager::~Manager() {
+  if (forked_) return;
+  for (const auto& context : contexts_) drop_reservation(*context);
+  orphans_.insert(orphans_.end(), contexts_.begin(), contexts_.end());
+  collect_orphans();
+  for (const auto& leftover : orphans_) {
+    AddressTable::set(leftover->address_, leftover->arena_.page_count() * leftover->page_bytes(),
+                      nullptr);
+  }
+  pool_.trim();
+}
+
+// Creating, destroying, resizing ----------------------------------------------------------------
+
+std::size_t Manager::page_bytes_for(std::size_t max) const {
+  return std::clamp(std::bit_floor(max / kPagesPerBudget), device_->properties().granularity,
+                    kLargestPage);
+}
+
+void Manager::require_usable() const {
+  if (forked_) {
+    throw Error(ErrorCode::forked,
+                "this process is a forked child of the one that initialized pygpukit_torch and "
+                "cannot use its device (start the process with 'spawn' instead)");
+  }
+}
+
+void Manager::validate(const ContextSpec& spec) const {
+  const auto fail = [&](const std::string& text) {
+    throw Error(ErrorCode::invalid_value, "context '" + spec.name + "': " + text);
+  };
+  const std::size_t granularity = device_->properties().granularity;
+  if (spec.max < granularity) {
+    fail("max_vram of " + format_bytes(spec.max) + " is less than one page of " +
+         format_bytes(granularity));
+  }
+  if (spec.base > spec.max) {
+    fail("base_vram of " + format_bytes(spec.base) + " is above max_vram of " +
+         format_bytes(spec.max));
+  }
+  if (spec.tier == Tier::guaranteed && spec.base != spec.max) {
+    fail("a guaranteed context reserves all of its max_vram; base_vram of " +
+         format_bytes(spec.base) + " differs from max_vram of " + format_bytes(spec.max));
+  }
+  if (spec.tier == Tier::best_effort && spec.base != 0) {
+    fail("a best-effort context reserves nothing; base_vram of " + format_bytes(spec.base) +
+         " must be 0");
+  }
+  const std::size_t capacity = device_->properties().capacity;
+  if (spec.max > capacity && spec.base <= capacity) {
+    fail("max_vram of " + format_bytes(spec.max) + " exceeds the device's capacity of " +
+         format_bytes(capacity));
+  }
+}
+
+std::shared_ptr<Context> Manager::create_context(const ContextSpec& spec) {
+  const std::lock_guard lock(mutex_);
+  require_usable();
+  if (spec.name.empty()) throw Error(ErrorCode::invalid_value, "a context needs a name");
+  for (const auto& context : contexts_) {
+    if (context->name() == spec.name) {
+      throw Error(ErrorCode::invalid_value,
+                  "a context named '" + spec.name + "' exists already");
+    }
+  }
+  validate(spec);
+  collect_orphans();
+
+  Ledger::Id account{};
+  reclaim(spec.base, nullptr);
+  try {
+    account = ledger_.open(spec.max, spec.base);
+  } catch (const Error& error) {
+    throw Error(error.code(), "context '" + spec.name + "': " + error.what());
+  }
+  ScopeExit close_account([&] { ledger_.close(account); });
+
+  const std::size_t page = page_bytes_for(spec.max);
+  pool_.reserve(page, spec.base / page);
+  ScopeExit drop_reservation([&] { pool_.unreserve(page, spec.base / page); });
+
+  const std::size_t range = round_up(kRangePerCapacity * ledger_.capacity(), AddressTable::kUnit);
+  const Address address = device_->reserve(range, AddressTable::kUnit);
+  ScopeExit unreserve([&] { device_->unreserve(address, range); });
+  const StreamId stream = device_->create_stream(0);
+  ScopeExit destroy_stream([&] { device_->destroy_stream(stream); });
+
+  auto context =
+      std::make_shared<Context>(shared_from_this(), spec, account, page,
+                                static_cast<std::uint32_t>(range / page), address, stream);
+  if (!AddressTable::set(address, range, context.get())) {
+    throw Error(ErrorCode::device, "context '" + spec.name +
+                                       "': the device reserved addresses beyond 47 bits");
+  }
+  contexts_.push_back(context);
+  destroy_stream.dismiss();
+  unreserve.dismiss();
+  drop_reservation.dismiss();
+  close_account.dismiss();
+  return context;
+}
+
+// The caller's lock, checked against what the context has become meanwhile.
+Context& Manager::live(Context& context) const {
+  require_usable();
+  context.require_open();
+  return context;
+}
+
+void Manager::destroy_context(Context& context) {
+  const std::lock_guard lock(mutex_);
+  {
+    const ContextLock context_lock(context.mutex_);
+    live(context);
+    if (context.sessions_ > 0) {
+      throw Error(ErrorCode::busy, "context '" + context.name() + "' has " +
+                                       std::to_string(context.sessions_) +
+                                       " open session(s) and cannot be destroyed");
+    }
+    context.state_ = Context::State::orphan;
+    context.manager_of_orphan_ = shared_from_this();
+    drop_reservation(context);
+  }
+  const auto it = std::find_if(contexts_.begin(), contexts_.end(),
+                               [&](const auto& entry) { return entry.get() == &context; });
+  orphans_.push_back(std::move(*it));
+  contexts_.erase(it);
+  collect_orphans();
+  pool_.trim();
+}
+
+void Manager::resize_context(Context& context, std::size_t max, std::size_t base) {
+  const std::lock_guard lock(mutex_);
+  const ContextLock context_lock(context.mutex_);
+  live(context);
+  validate({context.name(), max, base, context.tier()});
+  const std::size_t page = context.page_bytes();
+  const std::size_t target = max / page;
+  if (context.arena_.resident_pages() > target) {
+    give_up_pages(context, context.arena_.resident_pages() - target);
+  }
+  const std::size_t held = context.arena_.resident_pages() * page;
+  if (held > max) {
+    throw Error(ErrorCode::invalid_value,
+                "context '" + context.name() + "' cannot be resized to " + format_bytes(max) +
+                    ": its live tensors use " + format_bytes(context.arena_.used_bytes()) +
+                    " in pages of " + format_bytes(held));
+  }
+  const Ledger::Account before = ledger_.account(context.id());
+  if (base > before.committed()) reclaim(base - before.committed(), &context);
+  ledger_.resize(context.id(), max, base);
+  ScopeExit undo([&] { ledger_.resize(context.id(), before.max, before.base); });
+  set_reserved_pages(context, before.base, base);
+  undo.dismiss();
+}
+
+// Of the pages that `base` promises, those that the context has not mapped: they are in the pool.
+std::size_t Manager::unfilled_pages(const Context& context, std::size_t base) const {
+  const std::size_t pages = base / context.page_bytes();
+  const std::size_t resident = context.arena_.resident_pages();
+  return pages > resident ? pages - resident : 0;
+}
+
+void Manager::set_reserved_pages(const Context& context, std::size_t base_before,
+                                 std::size_t base_after) {
+  const std::size_t before = unfilled_pages(context, base_before);
+  const std::size_t after = unfilled_pages(context, base_after);
+  if (after > before) {
+    pool_.reserve(context.page_bytes(), after - before);
+  } else {
+    pool_.unreserve(context.page_bytes(), before - after);
+  }
+}
+
+void Manager::drop_reservation(Context& context) {
+  const Ledger::Account account = ledger_.account(context.id());
+  set_reserved_pages(context, account.base, 0);
+  ledger_.resize(context.id(), account.max, 0);
+}
+
+// Orphans ------------------------------------------------------------------------------------
+
+void Manager::collect_orphan(std::uint64_t id) {
+  const std::lock_guard lock(mutex_);
+  for (const auto& orphan : orphans_) {
+    if (orphan->id() == id) {
+      collect_orphans();
+      return;
+    }
+  }
+}
+
+void Manager::collect_orphans() {
+  std::erase_if(orphans_, [this](const auto& orphan) { return dismantle(*orphan); });
+}
+
+// Gives back what no live block needs. True if nothing of the orphan is left; a device call that
+// fails leaves the rest to the next attempt.
+bool Manager::dismantle(Context& orphan) {
+  const ContextLock lock(orphan.mutex_);
+  give_up_pages(orphan, SIZE_MAX);
+  if (orphan.arena_.resident_pages() > 0) return false;
+  const std::size_t range = orphan.arena_.page_count() * orphan.page_bytes();
+  try {
+    if (orphan.stream_ != 0) device_->destroy_stream(orphan.stream_);
+    orphan.stream_ = 0;
+    device_->unreserve(orphan.address_, range);
+  } catch (const Error&) {
+    return false;
+  }
+  AddressTable::set(orphan.address_, range, nullptr);
+  ledger_.close(orphan.id());
+  orphan.manager_of_orphan_.reset();
+  return true;
+}
+
+// Fork -----------------------------------------------------------------------------------------
+
+std::vector<Context*> Manager::all() const {
+  std::vector<Context*> contexts;
+  for (const auto& context : orphans_) contexts.push_back(context.get());
+  for (const auto& context : contexts_) contexts.push_back(context.get());
+  return contexts;
+}
+
+void Manager::lock_all() {
+  mutex_.lock();
+  for (Context* context : all()) context->mutex_.lock();
+}
+
+void Manager::unlock_all() {
+  for (Context* context : all()) context->mutex_.unlock();
+  mutex_.unlock();
+}
+
+void Manager::detach_in_child() {
+  forked_ = true;
+  for (Context* context : all()) {
+    context->state_ = Context::State::forked;
+    for (const auto& [page, handle] : context->handles_) {
+      device_->privatise_in_child(context->address_of(page), handle);
+    }
+  }
+}
+
+}  // namespace pgk

@@ -1,0 +1,111 @@
+// Ties contexts, ledger, handle pool and device together, and owns the lock of every slow path:
+// creating and destroying contexts, and mapping pages for requests that miss.
+//
+// Lock order: manager, then one context; a second context's lock is only ever taken by the
+// holder of the manager's. No Python runs and no GIL is taken under either.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "core/context.h"
+#include "core/handle_pool.h"
+#include "core/ledger.h"
+#include "device/device.h"
+
+namespace pgk {
+
+// Bytes throughout.
+struct Usage {
+  std::string name;
+  Tier tier = Tier::burstable;
+  bool orphan = false;
+  std::size_t used = 0;
+  std::size_t resident = 0;
+  std::size_t max = 0;
+  std::size_t base = 0;
+  std::size_t peak = 0;
+  std::size_t available = 0;  // what the context could allocate in addition now
+  std::uint32_t live_blocks = 0;
+};
+
+struct DeviceUsage {
+  std::size_t capacity = 0;
+  std::size_t resident = 0;   // held by contexts, orphans included
+  std::size_t pooled = 0;     // physical memory kept for reuse and for reservations
+  std::size_t available = 0;  // the largest guarantee that would be admitted
+  std::vector<Usage> contexts;
+};
+
+class Manager : public std::enable_shared_from_this<Manager> {
+ public:
+  static std::shared_ptr<Manager> make(std::shared_ptr<Device> device);
+  // All blocks must have been freed.
+  ~Manager();
+
+  // Throws ErrorCode::invalid_value, ::admission or ::device; nothing has changed then.
+  std::shared_ptr<Context> create_context(const ContextSpec& spec);
+  // Throws ErrorCode::busy while sessions are open. The memory of live blocks stays with the
+  // orphaned context until they are freed.
+  void destroy_context(Context& context);
+  // Throws as create_context; also ErrorCode::invalid_value if live blocks hold more than `max`.
+  void resize_context(Context& context, std::size_t max, std::size_t base);
+
+  Usage usage(const Context& context) const;
+  DeviceUsage device_usage() const;
+  Device& device() const { return *device_; }
+  std::shared_ptr<Device> shared_device() const { return device_; }
+
+  // For Context only: what its hot path could not do.
+  void* allocate_slow(Context& context, std::size_t bytes);
+  void collect_orphan(std::uint64_t id);
+
+  // For the fork guard only: all locks before a fork, and in the child afterwards memory of its
+  // own and contexts that refuse to be used.
+  void lock_all();
+  void unlock_all();
+  void detach_in_child();
+
+  // Throws ErrorCode::internal. Takes all locks.
+  void check_invariants() const;
+
+ private:
+  explicit Manager(std::shared_ptr<Device> device);
+
+  void validate(const ContextSpec& spec) const;
+  std::size_t page_bytes_for(std::size_t max) const;
+  void require_usable() const;
+
+  // With the manager's lock; those that name a context need its lock too.
+  bool grow(Context& context, std::uint32_t granules, std::string& cause);
+  std::size_t allowed_pages(const Context& context) const;
+  void map_pages(Context& context, Arena::PageRun pages, std::string& cause);
+  std::size_t give_up_pages(Context& context, std::size_t count,
+                            std::optional<Arena::PageRun> beside = std::nullopt);
+  std::size_t unmap_tail(Context& context, const Arena::FreeRun& run, std::size_t count);
+  void reclaim(std::size_t goal, const Context* except);
+  void drop_reservation(Context& context);
+  bool dismantle(Context& orphan);
+  void collect_orphans();
+  void set_reserved_pages(const Context& context, std::size_t base_before, std::size_t base_after);
+  std::size_t unfilled_pages(const Context& context, std::size_t base) const;
+  Context& live(Context& context) const;
+
+  Usage usage_beside(const Context& context, std::size_t unprotected) const;
+  std::size_t protected_bytes(const Context& context) const;
+  std::size_t unprotected_bytes() const;
+  [[noreturn]] void refuse(Context& context, std::size_t bytes, const std::string& cause);
+  std::vector<Context*> all() const;
+
+  mutable std::mutex mutex_;
+  std::shared_ptr<Device> device_;
+  Ledger ledger_;
+  HandlePool pool_;
+  std::vector<std::shared_ptr<Context>> contexts_;
+  std::vector<std::shared_ptr<Context>> orphans_;
+  bool forked_ = false;
+};
+
+}  // namespace pgk

@@ -1,0 +1,153 @@
+// The manager's second half: how pages come to arenas and leave them.
+#include <algorithm>
+
+#include "core/manager.h"
+
+namespace pgk {
+namespace {
+
+using ContextLock = std::lock_guard<std::mutex>;
+
+}  // namespace
+
+void* Manager::allocate_slow(Context& context, std::size_t bytes) {
+  std::string cause;
+  {
+    const std::lock_guard lock(mutex_);
+    const ContextLock context_lock(context.mutex_);
+    live(context);
+    const std::size_t granules = bytes / kGranule + (bytes % kGranule != 0);
+    if (bytes <= ledger_.account(context.id()).max) {
+      // Another thread may have made room between the miss and the lock.
+      std::uint32_t start = context.arena_.allocate(static_cast<std::uint32_t>(granules));
+      if (start == Arena::kNone && grow(context, static_cast<std::uint32_t>(granules), cause)) {
+        ++context.counters_.growths;
+        start = context.arena_.allocate(static_cast<std::uint32_t>(granules));
+      }
+      if (start != Arena::kNone) {
+        ++context.counters_.allocations;
+        return reinterpret_cast<void*>(context.address_ + start * kGranule);
+      }
+    }
+    ++context.counters_.refusals;
+  }
+  refuse(context, bytes, cause);
+}
+
+// Pages that the context may still get, by its budget and by the device.
+std::size_t Manager::allowed_pages(const Context& context) const {
+  return ledger_.room(context.id()) / context.page_bytes();
+}
+
+// Makes a request of `granules` succeed, or returns false with what the device said, if it was
+// the device. Free pages are given up in the order of what they cost: the context's own that
+// the new block cannot use, then those of others, then all of its own.
+bool Manager::grow(Context& context, std::uint32_t granules, std::string& cause) {
+  auto plan = context.arena_.plan_growth(granules);
+  const auto missing = [&]() -> std::size_t {
+    const std::size_t allowed = allowed_pages(context);
+    return plan->count > allowed ? plan->count - allowed : 0;
+  };
+  if (plan && missing() > 0) give_up_pages(context, missing(), plan);
+  const auto take_from_others = [&] {
+    if (missing() > 0) reclaim(ledger_.uncommitted() + missing() * context.page_bytes(), &context);
+  };
+  if (plan) take_from_others();
+  if (!plan || missing() > 0) {
+    give_up_pages(context, SIZE_MAX);
+    plan = context.arena_.plan_growth(granules);
+    if (plan) take_from_others();
+  }
+  if (!plan || missing() > 0) return false;
+  const std::uint32_t resident = context.arena_.resident_pages();
+  map_pages(context, *plan, cause);
+  return context.arena_.resident_pages() == resident + plan->count;
+}
+
+// Pages mapped before a device call failed stay with the arena, as free pages.
+void Manager::map_pages(Context& context, Arena::PageRun pages, std::string& cause) {
+  const std::size_t page_bytes = context.page_bytes();
+  const std::size_t base = ledger_.account(context.id()).base;
+  std::uint32_t mapped = 0;
+  try {
+    for (; mapped < pages.count; ++mapped) {
+      const std::uint32_t page = pages.first + mapped;
+      const bool reserved = base / page_bytes > context.handles_.size();
+      const Handle handle = pool_.take(page_bytes, reserved);
+      try {
+        device_->map(context.address_of(page), handle);
+      } catch (...) {
+        pool_.give_back(handle, reserved);
+        throw;
+      }
+      context.handles_.emplace(page, handle);
+      ledger_.charge(context.id(), page_bytes);
+    }
+  } catch (const Error& error) {
+    cause = error.what();
+  }
+  context.counters_.pages_mapped += mapped;
+  if (mapped > 0) context.arena_.add_pages({pages.first, mapped});
+}
+
+// Returns how many of at most `count` free pages were unmapped.
+std::size_t Manager::give_up_pages(Context& context, std::size_t count,
+                                   std::optional<Arena::PageRun> beside) {
+  std::size_t given = 0;
+  for (const Arena::FreeRun& run : context.arena_.free_runs(beside)) {
+    if (given == count) break;
+    const std::size_t wanted = std::min<std::size_t>(run.pages.count, count - given);
+    const std::size_t unmapped = unmap_tail(context, run, wanted);
+    given += unmapped;
+    if (unmapped < wanted) break;
+  }
+  return given;
+}
+
+// Unmaps up to `count` pages from the end of the run, stopping where the device refuses.
+std::size_t Manager::unmap_tail(Context& context, const Arena::FreeRun& run, std::size_t count) {
+  const std::size_t page_bytes = context.page_bytes();
+  const std::size_t base_pages = ledger_.account(context.id()).base / page_bytes;
+  const std::uint32_t end = run.pages.first + run.pages.count;
+  std::uint32_t unmapped = 0;
+  try {
+    for (; unmapped < count; ++unmapped) {
+      const auto entry = context.handles_.find(end - unmapped - 1);
+      const Handle handle = entry->second;
+      device_->unmap(context.address_of(entry->first), handle);
+      context.handles_.erase(entry);
+      ledger_.refund(context.id(), page_bytes);
+      pool_.give_back(handle, base_pages > context.handles_.size());
+    }
+  } catch (const Error&) {
+    // The page is still mapped and booked; whoever needed it sees that too little came.
+  }
+  context.counters_.pages_unmapped += unmapped;
+  if (unmapped > 0) context.arena_.remove_pages({run.block, {end - unmapped, unmapped}});
+  return unmapped;
+}
+
+// Takes free pages that contexts hold beyond their bases, orphans first, then by tier, until
+// `goal` bytes are uncommitted or there are no more.
+void Manager::reclaim(std::size_t goal, const Context* except) {
+  if (ledger_.uncommitted() >= goal) return;
+  std::vector<Context*> contexts = all();
+  std::stable_sort(contexts.begin(), contexts.end(), [](const Context* a, const Context* b) {
+    const auto rank = [](const Context* c) {
+      return c->state_ == Context::State::orphan ? -1 : static_cast<int>(c->tier());
+    };
+    return rank(a) < rank(b);
+  });
+  for (Context* context : contexts) {
+    if (ledger_.uncommitted() >= goal) return;
+    if (context == except) continue;
+    const ContextLock lock(context->mutex_);
+    const Ledger::Account& account = ledger_.account(context->id());
+    if (account.resident <= account.base) continue;
+    const std::size_t wanted =
+        std::min(account.resident - account.base, goal - ledger_.uncommitted());
+    give_up_pages(*context, (wanted + context->page_bytes() - 1) / context->page_bytes());
+  }
+}
+
+}  // namespace pgk

@@ -1,0 +1,126 @@
+// The manager's third part: what it tells about itself, in figures, in errors and in checks.
+#include <algorithm>
+#include <map>
+
+#include "core/manager.h"
+
+namespace pgk {
+namespace {
+
+using ContextLock = std::lock_guard<std::mutex>;
+
+}  // namespace
+
+// What nobody else can get of the context now: its base, or the pages with live blocks if more.
+std::size_t Manager::protected_bytes(const Context& context) const {
+  const Arena& arena = context.arena_;
+  const std::size_t occupied =
+      (arena.resident_pages() - arena.count_free_pages()) * arena.page_bytes();
+  return std::max(occupied, ledger_.account(context.id()).base);
+}
+
+std::size_t Manager::unprotected_bytes() const {
+  std::size_t bytes = ledger_.capacity();
+  for (const Context* context : all()) {
+    const ContextLock lock(context->mutex_);
+    bytes -= protected_bytes(*context);
+  }
+  return bytes;
+}
+
+Usage Manager::usage_beside(const Context& context, std::size_t unprotected) const {
+  const ContextLock lock(context.mutex_);
+  const Ledger::Account& account = ledger_.account(context.id());
+  const std::size_t page = context.page_bytes();
+  const std::size_t reachable =
+      std::min(account.max, unprotected + protected_bytes(context)) / page * page;
+  Usage usage;
+  usage.name = context.name();
+  usage.tier = context.tier();
+  usage.orphan = context.state_ == Context::State::orphan;
+  usage.used = context.arena_.used_bytes();
+  usage.resident = account.resident;
+  usage.max = account.max;
+  usage.base = account.base;
+  usage.peak = context.arena_.peak_bytes();
+  usage.available = reachable > usage.used ? reachable - usage.used : 0;
+  usage.live_blocks = context.arena_.live_blocks();
+  return usage;
+}
+
+Usage Manager::usage(const Context& context) const {
+  const std::lock_guard lock(mutex_);
+  require_usable();
+  for (const Context* known : all()) {
+    if (known == &context) return usage_beside(context, unprotected_bytes());
+  }
+  throw Error(ErrorCode::context_destroyed, "context '" + context.name() + "' has been destroyed");
+}
+
+DeviceUsage Manager::device_usage() const {
+  const std::lock_guard lock(mutex_);
+  require_usable();
+  DeviceUsage usage;
+  usage.capacity = ledger_.capacity();
+  usage.resident = ledger_.resident();
+  usage.pooled = pool_.pooled_bytes();
+  usage.available = unprotected_bytes();
+  for (const Context* context : all()) {
+    usage.contexts.push_back(usage_beside(*context, usage.available));
+  }
+  return usage;
+}
+
+void Manager::refuse(Context& context, std::size_t bytes, const std::string& cause) {
+  const Usage own = usage(context);
+  const DeviceUsage device = device_usage();
+  std::string text = "context '" + own.name + "' is out of memory: tried to allocate " +
+                     format_bytes(bytes) + " with " + format_bytes(own.used) +
+                     " of its budget of " + format_bytes(own.max) + " in use (" +
+                     format_bytes(own.resident) + " resident, peak " + format_bytes(own.peak) +
+                     ").";
+  if (!cause.empty()) text += " The device said: " + cause + ".";
+  text += " Device '" + device_->properties().name + "': capacity " +
+          format_bytes(device.capacity) + ", resident " + format_bytes(device.resident) +
+          "; used by";
+  for (std::size_t i = 0; i < device.contexts.size(); ++i) {
+    const Usage& other = device.contexts[i];
+    text += (i == 0 ? " " : ", ") + other.name + " " + format_bytes(other.used) + " (" +
+            (other.orphan ? "destroyed" : to_string(other.tier)) + ", base " +
+            format_bytes(other.base) + ")";
+  }
+  text += ".";
+  if (bytes <= own.available) {
+    text += " Free room of " + format_bytes(own.available) +
+            " is fragmented over pages of " + format_bytes(context.page_bytes()) + ".";
+  }
+  throw Error(ErrorCode::out_of_memory, text);
+}
+
+void Manager::check_invariants() const {
+  const std::lock_guard lock(mutex_);
+  ledger_.check_invariants();
+  std::size_t resident = 0;
+  std::map<std::size_t, std::size_t> unfilled;  // reserved pages that are not mapped, by size
+  for (const Context* context : all()) {
+    const ContextLock context_lock(context->mutex_);
+    const Arena& arena = context->arena_;
+    arena.check_invariants();
+    const Ledger::Account& account = ledger_.account(context->id());
+    const std::size_t bytes = arena.resident_pages() * arena.page_bytes();
+    require(arena.resident_pages() == context->handles_.size(), "a handle per resident page");
+    require(bytes == account.resident, "the ledger holds what the arena has");
+    require(arena.used_bytes() <= account.max, "used <= max");
+    require(context->state_ == Context::State::orphan || context->manager_of_orphan_ == nullptr,
+            "only orphans keep their manager");
+    resident += bytes;
+    unfilled[arena.page_bytes()] += unfilled_pages(*context, account.base);
+  }
+  require(resident + pool_.pooled_bytes() == pool_.existing_bytes(), "no handle is lost");
+  require(pool_.existing_bytes() <= ledger_.capacity(), "handles fit the device");
+  for (const auto& [page, count] : unfilled) {
+    require(pool_.reserved(page) == count, "reservations are physical");
+  }
+}
+
+}  // namespace pgk

@@ -1,0 +1,132 @@
+// What the core needs from a device, in the fewest calls, with their preconditions stated once.
+//
+// A device hands out physical memory as handles and virtual addresses as ranges; mapping joins
+// the two. Streams run copies in order, events mark points in them. The public calls count
+// themselves and can be made to fail, on every device alike; implementations override do_*.
+//
+// Every call may throw ErrorCode::device (out of memory, of any kind, included) and has then
+// changed nothing. All calls may be made from any thread.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace pgk {
+
+using Address = std::uintptr_t;
+
+// Physical memory that exists whether or not it is mapped.
+struct Handle {
+  std::uint64_t id = 0;
+  std::size_t bytes = 0;
+};
+
+using StreamId = std::uint64_t;
+using EventId = std::uint64_t;
+
+class Device {
+ public:
+  struct Properties {
+    std::string name;
+    std::size_t capacity = 0;     // bytes of handles that can exist at a time
+    std::size_t granularity = 0;  // sizes of handles and ranges are multiples of it
+    int least_priority = 0;       // of streams; lower numbers are more important
+    int greatest_priority = 0;
+  };
+
+  enum class Call : std::uint8_t {
+    any,
+    create,
+    release,
+    reserve,
+    unreserve,
+    map,
+    unmap,
+    create_stream,
+    destroy_stream,
+    copy,
+    record,
+    wait,
+    synchronize,
+  };
+  static constexpr std::size_t kCalls = static_cast<std::size_t>(Call::synchronize) + 1;
+  static const char* name_of(Call call);
+
+  Device() = default;
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+  virtual ~Device() = default;
+
+  const Properties& properties() const { return properties_; }
+
+  // New physical memory, contents undefined.
+  Handle create(std::size_t bytes);
+  // The handle must not be mapped.
+  void release(Handle handle);
+
+  // Addresses that fault until something is mapped there. `alignment` is a power of two.
+  Address reserve(std::size_t bytes, std::size_t alignment);
+  // A whole range as reserved, with nothing mapped in it.
+  void unreserve(Address address, std::size_t bytes);
+
+  // Makes the handle's memory readable and writable at `address`, inside a reserved range.
+  void map(Address address, Handle handle);
+  // A whole handle's mapping.
+  void unmap(Address address, Handle handle);
+
+  // `priority` is clamped to the range in properties().
+  StreamId create_stream(int priority);
+  void destroy_stream(StreamId stream);
+  // Both ends are mapped device memory or ordinary host memory, valid until the copy has run.
+  void copy(Address destination, Address source, std::size_t bytes, StreamId stream);
+  // Done once all work submitted to the stream before is done. An event stays valid forever.
+  EventId record(StreamId stream);
+  // Work submitted to `stream` from now on starts after `event` is done.
+  void wait(StreamId stream, EventId event);
+  // Block the caller.
+  void synchronize_stream(StreamId stream);
+  void synchronize_event(EventId event);
+  virtual bool is_done(EventId event) = 0;
+
+  // In the child of a fork: gives it a mapping of its own, so that its writes do not reach the
+  // parent. Async-signal-safe.
+  virtual void privatise_in_child(Address address, Handle handle) noexcept = 0;
+
+  // Makes the n-th call from now on fail, once; n = 1 is the next, 0 cancels. For tests.
+  void inject_fault(std::uint64_t n, Call call = Call::any);
+  // How often `call` was made, failed ones included.
+  std::uint64_t count(Call call) const;
+
+ protected:
+  Properties properties_;
+
+ private:
+  virtual Handle do_create(std::size_t bytes) = 0;
+  virtual void do_release(Handle handle) = 0;
+  virtual Address do_reserve(std::size_t bytes, std::size_t alignment) = 0;
+  virtual void do_unreserve(Address address, std::size_t bytes) = 0;
+  virtual void do_map(Address address, Handle handle) = 0;
+  virtual void do_unmap(Address address, Handle handle) = 0;
+  virtual StreamId do_create_stream(int priority) = 0;
+  virtual void do_destroy_stream(StreamId stream) = 0;
+  virtual void do_copy(Address destination, Address source, std::size_t bytes, StreamId stream) = 0;
+  virtual EventId do_record(StreamId stream) = 0;
+  virtual void do_wait(StreamId stream, EventId event) = 0;
+  virtual void do_synchronize_stream(StreamId stream) = 0;
+  virtual void do_synchronize_event(EventId event) = 0;
+
+  void begin(Call call, std::size_t bytes = 0);
+  bool due(Call call);
+  void require_multiple(Call call, std::size_t value) const;
+
+  struct Counter {
+    std::atomic<std::uint64_t> calls{0};
+    std::atomic<std::uint64_t> fail_at{0};
+  };
+  std::array<Counter, kCalls> counters_;
+};
+
+}  // namespace pgk

@@ -1,0 +1,64 @@
+// Host memory as a device: a memory file of fixed capacity whose parts are mapped into reserved
+// ranges, page for page as a GPU's virtual memory works. Memory is committed when it is touched
+// and given back when its handle is released.
+//
+// Streams run on whoever submits or unblocks their work, in order and without threads of their
+// own, so that tests can hold a stream and see exactly what that holds back.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <vector>
+
+#include "device/device.h"
+#include "device/host_timeline.h"
+
+namespace pgk {
+
+class HostDevice final : public Device {
+ public:
+  static constexpr std::size_t kGranularity = std::size_t{2} << 20;
+
+  static constexpr std::size_t kLargestCapacity = std::size_t{1} << 40;
+
+  // `capacity` is rounded down to the granularity and must leave at least one page.
+  explicit HostDevice(std::size_t capacity);
+  ~HostDevice() override;
+
+  bool is_done(EventId event) override { return timeline_.is_done(event); }
+  void privatise_in_child(Address address, Handle handle) noexcept override;
+
+  // For tests: work submitted to a held stream waits until it is let go.
+  void hold(StreamId stream) { timeline_.hold(stream); }
+  void let_go(StreamId stream) { timeline_.let_go(stream); }
+
+  // Bytes of host memory that the device's file occupies now.
+  std::size_t committed_bytes() const;
+
+ private:
+  Handle do_create(std::size_t bytes) override;
+  void do_release(Handle handle) override;
+  Address do_reserve(std::size_t bytes, std::size_t alignment) override;
+  void do_unreserve(Address address, std::size_t bytes) override;
+  void do_map(Address address, Handle handle) override;
+  void do_unmap(Address address, Handle handle) override;
+  StreamId do_create_stream(int /*priority*/) override { return timeline_.create_stream(); }
+  void do_destroy_stream(StreamId stream) override { timeline_.destroy_stream(stream); }
+  void do_copy(Address destination, Address source, std::size_t bytes, StreamId stream) override {
+    timeline_.copy(destination, source, bytes, stream);
+  }
+  EventId do_record(StreamId stream) override { return timeline_.record(stream); }
+  void do_wait(StreamId stream, EventId event) override { timeline_.wait(stream, event); }
+  void do_synchronize_stream(StreamId stream) override { timeline_.synchronize_stream(stream); }
+  void do_synchronize_event(EventId event) override { timeline_.synchronize_event(event); }
+
+  std::mutex mutex_;
+  int file_ = -1;
+  std::size_t file_bytes_ = 0;  // sparse; handles of one size reuse each other's offsets
+  std::size_t created_bytes_ = 0;
+  std::map<std::size_t, std::vector<std::uint64_t>> unused_offsets_;
+  HostTimeline timeline_;
+};
+
+}  // namespace pgk

@@ -1,0 +1,105 @@
+#include "device/host_timeline.h"
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+#include "core/error.h"
+
+namespace pgk {
+
+HostTimeline::Stream& HostTimeline::find(StreamId stream) {
+  const auto it = streams_.find(stream);
+  if (it == streams_.end()) {
+    throw Error(ErrorCode::invalid_value, "host: no stream " + std::to_string(stream));
+  }
+  return it->second;
+}
+
+StreamId HostTimeline::create_stream() {
+  const std::lock_guard lock(mutex_);
+  streams_.emplace(next_stream_, Stream{});
+  return next_stream_++;
+}
+
+void HostTimeline::destroy_stream(StreamId stream) {
+  const std::lock_guard lock(mutex_);
+  if (!find(stream).pending.empty()) {
+    throw Error(ErrorCode::busy, "host: stream " + std::to_string(stream) + " has unfinished work");
+  }
+  streams_.erase(stream);
+}
+
+EventId HostTimeline::submit(StreamId stream, Work work) {
+  const std::lock_guard lock(mutex_);
+  Stream& queue = find(stream);
+  work.number = next_event_++;
+  queue.pending.push_back(work);
+  run_all();
+  return work.number;
+}
+
+void HostTimeline::copy(Address destination, Address source, std::size_t bytes, StreamId stream) {
+  submit(stream, {.destination = destination, .source = source, .bytes = bytes});
+}
+
+EventId HostTimeline::record(StreamId stream) { return submit(stream, {}); }
+
+void HostTimeline::wait(StreamId stream, EventId event) { submit(stream, {.after = event}); }
+
+bool HostTimeline::done(EventId event) const {
+  return std::none_of(streams_.begin(), streams_.end(), [event](const auto& entry) {
+    const auto& pending = entry.second.pending;
+    return std::any_of(pending.begin(), pending.end(),
+                       [event](const Work& work) { return work.number == event; });
+  });
+}
+
+// One stream's progress can free another, so it goes round until nothing moves.
+void HostTimeline::run_all() {
+  for (bool moved = true; moved;) {
+    moved = false;
+    for (auto& [id, stream] : streams_) {
+      while (!stream.held && !stream.pending.empty()) {
+        const Work work = stream.pending.front();
+        if (!done(work.after)) break;
+        if (work.bytes > 0) {
+          std::memcpy(reinterpret_cast<void*>(work.destination),
+                      reinterpret_cast<const void*>(work.source), work.bytes);
+        }
+        stream.pending.pop_front();
+        moved = true;
+      }
+    }
+  }
+  progress_.notify_all();
+}
+
+bool HostTimeline::is_done(EventId event) {
+  const std::lock_guard lock(mutex_);
+  return done(event);
+}
+
+void HostTimeline::synchronize_stream(StreamId stream) {
+  std::unique_lock lock(mutex_);
+  const EventId last = find(stream).pending.empty() ? 0 : find(stream).pending.back().number;
+  progress_.wait(lock, [&] { return done(last); });
+}
+
+void HostTimeline::synchronize_event(EventId event) {
+  std::unique_lock lock(mutex_);
+  progress_.wait(lock, [&] { return done(event); });
+}
+
+void HostTimeline::hold(StreamId stream) {
+  const std::lock_guard lock(mutex_);
+  find(stream).held = true;
+}
+
+void HostTimeline::let_go(StreamId stream) {
+  const std::lock_guard lock(mutex_);
+  find(stream).held = false;
+  run_all();
+}
+
+}  // namespace pgk

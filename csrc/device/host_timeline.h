@@ -1,0 +1,56 @@
+// The streams and events of the host device: queues of copies and waits that run in order, each
+// as soon as nothing holds it back, on the thread that submitted it or that removed the obstacle.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <mutex>
+
+#include "device/device.h"
+
+namespace pgk {
+
+class HostTimeline {
+ public:
+  StreamId create_stream();
+  // The stream's work must be done.
+  void destroy_stream(StreamId stream);
+  void copy(Address destination, Address source, std::size_t bytes, StreamId stream);
+  EventId record(StreamId stream);
+  void wait(StreamId stream, EventId event);
+  bool is_done(EventId event);
+  void synchronize_stream(StreamId stream);
+  void synchronize_event(EventId event);
+  void hold(StreamId stream);
+  void let_go(StreamId stream);
+
+ private:
+  // An event is the number of a piece of work: it is done when that piece and so, by the order
+  // of its stream, everything before it is done.
+  struct Work {
+    EventId number = 0;
+    Address destination = 0;
+    Address source = 0;
+    std::size_t bytes = 0;
+    EventId after = 0;
+  };
+  struct Stream {
+    std::deque<Work> pending;
+    bool held = false;
+  };
+
+  Stream& find(StreamId stream);
+  EventId submit(StreamId stream, Work work);
+  void run_all();
+  bool done(EventId event) const;
+
+  std::mutex mutex_;
+  std::condition_variable progress_;
+  std::map<StreamId, Stream> streams_;
+  StreamId next_stream_ = 1;
+  EventId next_event_ = 1;
+};
+
+}  // namespace pgk

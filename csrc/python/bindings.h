@@ -1,0 +1,13 @@
+// The parts of the native module. Bindings only: no logic lives here.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace pgk::python {
+
+void bind_errors(pybind11::module_& module);
+void bind_device(pybind11::module_& module);
+void bind_core(pybind11::module_& module);
+void bind_manager(pybind11::module_& module);
+
+}  // namespace pgk::python

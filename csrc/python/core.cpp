@@ -1,0 +1,94 @@
+// The pure parts, bound so that property tests can drive them without a device.
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "core/arena.h"
+#include "core/ledger.h"
+#include "python/bindings.h"
+
+namespace py = pybind11;
+
+namespace pgk::python {
+namespace {
+
+using Run = std::tuple<std::uint32_t, std::uint32_t>;  // first page, count
+
+void bind_ledger(py::module_& module) {
+  py::class_<Ledger>(module, "Ledger")
+      .def(py::init<std::size_t>(), py::arg("capacity"))
+      .def("open", &Ledger::open, py::arg("max"), py::arg("base"))
+      .def("close", &Ledger::close, py::arg("account"))
+      .def("resize", &Ledger::resize, py::arg("account"), py::arg("max"), py::arg("base"))
+      .def("charge", &Ledger::charge, py::arg("account"), py::arg("bytes"))
+      .def("refund", &Ledger::refund, py::arg("account"), py::arg("bytes"))
+      .def("room", &Ledger::room, py::arg("account"))
+      .def("check_invariants", &Ledger::check_invariants)
+      .def_property_readonly("capacity", &Ledger::capacity)
+      .def_property_readonly("resident", &Ledger::resident)
+      .def_property_readonly("uncommitted", &Ledger::uncommitted);
+}
+
+void bind_arena(py::module_& module) {
+  py::class_<Arena>(module, "Arena")
+      .def(py::init<std::size_t, std::uint32_t>(), py::arg("page_bytes"), py::arg("page_count"))
+      .def(
+          "allocate",
+          [](Arena& self, std::uint32_t granules) -> std::optional<std::uint32_t> {
+            const std::uint32_t start = self.allocate(granules);
+            if (start == Arena::kNone) return std::nullopt;
+            return start;
+          },
+          py::arg("granules"))
+      .def("release", &Arena::release, py::arg("start"))
+      .def(
+          "plan_growth",
+          [](const Arena& self, std::uint32_t granules) -> std::optional<Run> {
+            const auto plan = self.plan_growth(granules);
+            if (!plan) return std::nullopt;
+            return Run{plan->first, plan->count};
+          },
+          py::arg("granules"))
+      .def(
+          "add_pages",
+          [](Arena& self, std::uint32_t first, std::uint32_t count) {
+            self.add_pages({first, count});
+          },
+          py::arg("first"), py::arg("count"))
+      .def(
+          "free_runs",
+          [](Arena& self, std::optional<Run> beside) {
+            std::optional<Arena::PageRun> pages;
+            if (beside) pages = Arena::PageRun{std::get<0>(*beside), std::get<1>(*beside)};
+            std::vector<std::tuple<std::uint32_t, std::uint32_t, std::uint32_t>> runs;
+            for (const Arena::FreeRun& run : self.free_runs(pages)) {
+              runs.emplace_back(run.block, run.pages.first, run.pages.count);
+            }
+            return runs;
+          },
+          py::arg("beside") = std::nullopt)
+      .def(
+          "remove_pages",
+          [](Arena& self, std::uint32_t block, std::uint32_t first, std::uint32_t count) {
+            self.remove_pages({block, {first, count}});
+          },
+          py::arg("block"), py::arg("first"), py::arg("count"))
+      .def("count_free_pages", &Arena::count_free_pages)
+      .def("check_invariants", &Arena::check_invariants)
+      .def_property_readonly("used_bytes", &Arena::used_bytes)
+      .def_property_readonly("peak_bytes", &Arena::peak_bytes)
+      .def_property_readonly("page_bytes", &Arena::page_bytes)
+      .def_property_readonly("resident_pages", &Arena::resident_pages)
+      .def_property_readonly("live_blocks", &Arena::live_blocks);
+}
+
+}  // namespace
+
+void bind_core(py::module_& module) {
+  bind_ledger(module);
+  bind_arena(module);
+}
+
+}  // namespace pgk::python

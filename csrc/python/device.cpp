@@ -1,0 +1,57 @@
+#include "device/device.h"
+
+#include <memory>
+
+#include "device/host_device.h"
+#include "python/bindings.h"
+
+namespace py = pybind11;
+
+namespace pgk::python {
+
+void bind_device(py::module_& module) {
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+  py::class_<Handle>(module, "Handle")
+      .def_readonly("id", &Handle::id)
+      .def_readonly("bytes", &Handle::bytes);
+
+  py::class_<Device, std::shared_ptr<Device>> device(module, "Device");
+  py::enum_<Device::Call> call(device, "Call");
+  for (std::size_t i = 0; i < Device::kCalls; ++i) {
+    const auto value = static_cast<Device::Call>(i);
+    call.value(Device::name_of(value), value);
+  }
+
+  device.def_property_readonly("name", [](const Device& self) { return self.properties().name; })
+      .def_property_readonly("capacity",
+                             [](const Device& self) { return self.properties().capacity; })
+      .def_property_readonly("granularity",
+                             [](const Device& self) { return self.properties().granularity; })
+      .def("create", &Device::create, py::arg("bytes"), Unlocked())
+      .def("release", &Device::release, py::arg("handle"), Unlocked())
+      .def("reserve", &Device::reserve, py::arg("bytes"), py::arg("alignment"), Unlocked())
+      .def("unreserve", &Device::unreserve, py::arg("address"), py::arg("bytes"), Unlocked())
+      .def("map", &Device::map, py::arg("address"), py::arg("handle"), Unlocked())
+      .def("unmap", &Device::unmap, py::arg("address"), py::arg("handle"), Unlocked())
+      .def("create_stream", &Device::create_stream, py::arg("priority") = 0, Unlocked())
+      .def("destroy_stream", &Device::destroy_stream, py::arg("stream"), Unlocked())
+      .def("copy", &Device::copy, py::arg("destination"), py::arg("source"), py::arg("bytes"),
+           py::arg("stream"), Unlocked())
+      .def("record", &Device::record, py::arg("stream"), Unlocked())
+      .def("wait", &Device::wait, py::arg("stream"), py::arg("event"), Unlocked())
+      .def("synchronize_stream", &Device::synchronize_stream, py::arg("stream"), Unlocked())
+      .def("synchronize_event", &Device::synchronize_event, py::arg("event"), Unlocked())
+      .def("is_done", &Device::is_done, py::arg("event"), Unlocked())
+      .def("inject_fault", &Device::inject_fault, py::arg("n"),
+           py::arg_v("call", Device::Call::any, "Call.any"))
+      .def("count", &Device::count, py::arg("call"));
+
+  py::class_<HostDevice, Device, std::shared_ptr<HostDevice>>(module, "HostDevice")
+      .def(py::init<std::size_t>(), py::arg("capacity"))
+      .def("hold", &HostDevice::hold, py::arg("stream"))
+      .def("let_go", &HostDevice::let_go, py::arg("stream"), Unlocked())
+      .def_property_readonly("committed_bytes", &HostDevice::committed_bytes);
+}
+
+}  // namespace pgk::python

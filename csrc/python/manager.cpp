@@ -1,0 +1,124 @@
+#include "core/manager.h"
+
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <string>
+
+#include "core/session.h"
+#include "python/bindings.h"
+#include "torch/cpu_allocator.h"
+#include "torch/fork_guard.h"
+
+namespace py = pybind11;
+
+namespace pgk::python {
+namespace {
+
+using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+void bind_records(py::module_& module) {
+  py::enum_<Tier>(module, "Tier")
+      .value("best_effort", Tier::best_effort)
+      .value("burstable", Tier::burstable)
+      .value("guaranteed", Tier::guaranteed);
+
+  py::class_<Usage>(module, "Usage")
+      .def_readonly("name", &Usage::name)
+      .def_readonly("tier", &Usage::tier)
+      .def_readonly("orphan", &Usage::orphan)
+      .def_readonly("used", &Usage::used)
+      .def_readonly("resident", &Usage::resident)
+      .def_readonly("max", &Usage::max)
+      .def_readonly("base", &Usage::base)
+      .def_readonly("peak", &Usage::peak)
+      .def_readonly("available", &Usage::available)
+      .def_readonly("live_blocks", &Usage::live_blocks);
+
+  py::class_<DeviceUsage>(module, "DeviceUsage")
+      .def_readonly("capacity", &DeviceUsage::capacity)
+      .def_readonly("resident", &DeviceUsage::resident)
+      .def_readonly("pooled", &DeviceUsage::pooled)
+      .def_readonly("available", &DeviceUsage::available)
+      .def_readonly("contexts", &DeviceUsage::contexts);
+
+  py::class_<Context::Counters>(module, "Counters")
+      .def_readonly("allocations", &Context::Counters::allocations)
+      .def_readonly("frees", &Context::Counters::frees)
+      .def_readonly("growths", &Context::Counters::growths)
+      .def_readonly("refusals", &Context::Counters::refusals)
+      .def_readonly("pages_mapped", &Context::Counters::pages_mapped)
+      .def_readonly("pages_unmapped", &Context::Counters::pages_unmapped);
+}
+
+void bind_context(py::module_& module) {
+  py::class_<Context, std::shared_ptr<Context>>(module, "Context")
+      .def(
+          "allocate",
+          [](Context& self, std::size_t bytes) {
+            return reinterpret_cast<std::uintptr_t>(self.allocate(bytes));
+          },
+          py::arg("bytes"), Unlocked())
+      .def(
+          "free",
+          [](Context& self, std::uintptr_t address) {
+            self.free(reinterpret_cast<void*>(address));
+          },
+          py::arg("address"), Unlocked())
+      .def(
+          "block_bytes",
+          [](const Context& self, std::uintptr_t address) {
+            return self.block_bytes(reinterpret_cast<const void*>(address));
+          },
+          py::arg("address"))
+      .def("reset_peak", &Context::reset_peak)
+      .def_property_readonly("id", &Context::id)
+      .def_property_readonly("name", &Context::name)
+      .def_property_readonly("tier", &Context::tier)
+      .def_property_readonly("stream", &Context::stream)
+      .def_property_readonly("page_bytes", &Context::page_bytes)
+      .def_property_readonly("is_destroyed", &Context::is_destroyed)
+      .def_property_readonly("sessions", &Context::sessions)
+      .def_property_readonly("counters", &Context::counters);
+
+  py::class_<Session>(module, "Session")
+      .def(py::init<std::shared_ptr<Context>>(), py::arg("context"))
+      .def("enter", &Session::enter)
+      .def("exit", &Session::exit);
+
+  module.def("current_context", []() -> std::shared_ptr<Context> {
+    Context* context = current_context();
+    return context == nullptr ? nullptr : context->shared_from_this();
+  });
+}
+
+}  // namespace
+
+void bind_manager(py::module_& module) {
+  bind_records(module);
+  bind_context(module);
+
+  py::class_<Manager, std::shared_ptr<Manager>>(module, "Manager")
+      .def(py::init(&Manager::make), py::arg("device"))
+      .def(
+          "create_context",
+          [](Manager& self, std::string name, std::size_t max, std::size_t base, Tier tier) {
+            return self.create_context({std::move(name), max, base, tier});
+          },
+          py::arg("name"), py::arg("max"), py::arg("base") = 0,
+          py::arg_v("tier", Tier::burstable, "Tier.burstable"), Unlocked())
+      .def("destroy_context", &Manager::destroy_context, py::arg("context"), Unlocked())
+      .def("resize_context", &Manager::resize_context, py::arg("context"), py::arg("max"),
+           py::arg("base"), Unlocked())
+      .def("usage", &Manager::usage, py::arg("context"), Unlocked())
+      .def("device_usage", &Manager::device_usage, Unlocked())
+      .def("check_invariants", &Manager::check_invariants, Unlocked())
+      .def_property_readonly("device", &Manager::shared_device);
+
+  module.def("install_cpu_allocator", &install_cpu_allocator);
+  module.def("uninstall_cpu_allocator", &uninstall_cpu_allocator);
+  module.def("guard_forks", &guard_forks, py::arg("manager"));
+  module.def("format_bytes", &format_bytes, py::arg("bytes"));
+}
+
+}  // namespace pgk::python

@@ -1,0 +1,9 @@
+#include "python/bindings.h"
+
+PYBIND11_MODULE(native, module) {
+  module.doc() = "The C++ side of pygpukit_torch.";
+  pgk::python::bind_errors(module);
+  pgk::python::bind_device(module);
+  pgk::python::bind_core(module);
+  pgk::python::bind_manager(module);
+}

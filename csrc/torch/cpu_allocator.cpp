@@ -1,0 +1,88 @@
+#include "torch/cpu_allocator.h"
+
+#include <c10/util/Exception.h>
+
+#include <tuple>
+
+#include "core/address_table.h"
+#include "core/error.h"
+#include "core/session.h"
+
+namespace pgk {
+namespace {
+
+c10::Allocator* stock = nullptr;
+c10::DeleterFnPtr stock_delete = nullptr;
+
+void report(const Context& owner, void* pointer, std::int64_t bytes) {
+  c10::reportMemoryUsageToProfiler(pointer, bytes, owner.used_bytes(), owner.resident_bytes(),
+                                   c10::Device(c10::DeviceType::CPU));
+}
+
+// The one deleter of every pointer that leaves the allocator, so that raw_deleter() is true of
+// all of them: the address tells whose it is.
+void delete_block(void* pointer) {
+  if (Context* owner = AddressTable::owner_of(pointer)) {
+    if (c10::memoryProfilingEnabled()) [[unlikely]] {
+      report(*owner, pointer, -static_cast<std::int64_t>(owner->block_bytes(pointer)));
+    }
+    owner->free(pointer);
+  } else {
+    stock_delete(pointer);
+  }
+}
+
+class CpuAllocator final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(std::size_t bytes) override {
+    Context* context = current_context();
+    if (context == nullptr || bytes == 0) {
+      c10::DataPtr data = stock->allocate(bytes);
+      // Fails only for a pointer that does not come from plain allocation; it keeps its deleter.
+      std::ignore = data.compare_exchange_deleter(stock_delete, &delete_block);
+      return data;
+    }
+    void* pointer = nullptr;
+    try {
+      pointer = context->allocate(bytes);
+    } catch (const Error& error) {
+      TORCH_CHECK_WITH(OutOfMemoryError, error.code() != ErrorCode::out_of_memory, error.what());
+      throw;
+    }
+    if (c10::memoryProfilingEnabled()) [[unlikely]] {
+      report(*context, pointer, static_cast<std::int64_t>(context->block_bytes(pointer)));
+    }
+    return {pointer, pointer, &delete_block, c10::Device(c10::DeviceType::CPU)};
+  }
+
+  c10::DeleterFnPtr raw_deleter() const override { return &delete_block; }
+
+  void copy_data(void* destination, const void* source, std::size_t bytes) const override {
+    stock->copy_data(destination, source, bytes);
+  }
+};
+
+CpuAllocator& instance() {
+  static auto* allocator = new CpuAllocator;  // tensors may be freed after static destructors
+  return *allocator;
+}
+
+}  // namespace
+
+void install_cpu_allocator() {
+  c10::Allocator* current = c10::GetAllocator(c10::DeviceType::CPU);
+  if (current == &instance()) return;
+  TORCH_CHECK(current->raw_deleter() != nullptr,
+              "the CPU allocator that is installed cannot free raw pointers");
+  stock = current;
+  stock_delete = current->raw_deleter();
+  c10::SetAllocator(c10::DeviceType::CPU, &instance());
+}
+
+void uninstall_cpu_allocator() {
+  if (c10::GetAllocator(c10::DeviceType::CPU) == &instance()) {
+    c10::SetAllocator(c10::DeviceType::CPU, stock);
+  }
+}
+
+}  // namespace pgk

@@ -1,0 +1,12 @@
+"""Several PyTorch models on one device, each inside its own memory budget, tier and stream."""
+
+from pygpukit_torch import _build_check
+
+_build_check.check_this_build()
+
+from pygpukit_torch import errors, native, scheduler  # noqa: E402
+from pygpukit_torch.errors import *  # noqa: E402, F403
+from pygpukit_torch.scheduler import *  # noqa: E402, F403
+
+__version__ = "0.1.0"
+__all__ = ["errors", "native", "scheduler", *errors.__all__, *scheduler.__all__]

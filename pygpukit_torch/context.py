@@ -1,0 +1,186 @@
+"""Execution contexts."""
+
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from pygpukit_torch import native
+from pygpukit_torch.errors import ContextDestroyedError
+from pygpukit_torch.memory import ContextUsage, check_bytes, format_bytes
+from pygpukit_torch.placement import copy_into_current
+from pygpukit_torch.qos import QoSPolicy
+from pygpukit_torch.session import ContextSession
+from pygpukit_torch.streams import ContextStream
+
+if TYPE_CHECKING:
+    from pygpukit_torch.runtime import Runtime
+
+Placeable = TypeVar("Placeable", torch.nn.Module, torch.Tensor)
+
+
+class ExecutionContext:
+    """A memory budget, a tier and a stream of its own for one model.
+
+    Made by :func:`pygpukit_torch.create_context`; used through
+    :func:`pygpukit_torch.context_session`.
+    """
+
+    def __init__(self, runtime: "Runtime", handle: native.Context, qos: QoSPolicy) -> None:
+        self._runtime = runtime
+        self._native = handle
+        self._name = handle.name
+        self._qos = qos
+        self._stream = ContextStream(runtime.device, handle.stream)
+        usage = runtime.manager.usage(handle)
+        self._max_vram = usage.max
+        self._base_vram = usage.base
+
+    @property
+    def name(self) -> str:
+        """The name, unique among the contexts that live."""
+        return self._name
+
+    @property
+    def max_vram(self) -> int:
+        """The budget in bytes."""
+        return self._max_vram
+
+    @property
+    def base_vram(self) -> int:
+        """The reserved part of the budget in bytes."""
+        return self._base_vram
+
+    @property
+    def qos(self) -> QoSPolicy:
+        """The tier."""
+        return self._qos
+
+    @property
+    def stream(self) -> ContextStream:
+        """The context's own stream."""
+        return self._stream
+
+    @property
+    def partition(self) -> str | None:
+        """The partition it belongs to; None as long as there are no partitions."""
+        return None
+
+    @property
+    def state(self) -> str:
+        """``"active"`` with open sessions, ``"idle"`` without, ``"destroyed"`` at the end."""
+        if self._native.is_destroyed:
+            return "destroyed"
+        return "active" if self._native.sessions else "idle"
+
+    def usage(self) -> ContextUsage:
+        """What the context uses now.
+
+        Raises:
+            ContextDestroyedError: it has been destroyed.
+        """
+        self._require_alive()
+        return ContextUsage.of(self._runtime.manager.usage(self._native))
+
+    def memory_stats(self) -> dict[str, int]:
+        """Counters since creation, by torch's names where torch has them.
+
+        ``allocation.allocated`` and ``allocation.freed`` count blocks, ``active.current`` those
+        that live; ``num_ooms`` counts refused requests, ``num_growths`` requests that needed
+        pages, ``num_pages_mapped`` and ``num_pages_unmapped`` pages of ``page_bytes``; the
+        ``*_bytes`` are in bytes.
+
+        Raises:
+            ContextDestroyedError: it has been destroyed.
+        """
+        usage = self.usage()
+        counters = self._native.counters
+        return {
+            "allocation.allocated": counters.allocations,
+            "allocation.freed": counters.frees,
+            "active.current": counters.allocations - counters.frees,
+            "allocated_bytes.current": usage.used,
+            "allocated_bytes.peak": usage.peak,
+            "reserved_bytes.current": usage.reserved,
+            "num_ooms": counters.refusals,
+            "num_growths": counters.growths,
+            "num_pages_mapped": counters.pages_mapped,
+            "num_pages_unmapped": counters.pages_unmapped,
+            "page_bytes": self._native.page_bytes,
+        }
+
+    def reset_peak(self) -> None:
+        """Let ``usage().peak`` start again from what is used now."""
+        self._native.reset_peak()
+
+    def resize(self, max_vram: int, base_vram: int | None = None) -> None:
+        """Change the budget, in bytes, and the reserved part of it.
+
+        Args:
+            max_vram: the new budget.
+            base_vram: the new reservation; as in ``create_context`` if not given, except that a
+                burstable context keeps what it has, as far as the new budget allows.
+
+        Raises:
+            ValueError: the sizes are inconsistent, or live tensors hold more than ``max_vram``.
+            AdmissionError: the reservation does not fit.
+            ContextDestroyedError: it has been destroyed.
+        """
+        max_vram = check_bytes("max_vram", max_vram)
+        if base_vram is not None:
+            base = check_bytes("base_vram", base_vram, least=0)
+        elif self._qos is QoSPolicy.GUARANTEED:
+            base = max_vram
+        else:
+            base = min(self._base_vram, max_vram)
+        with self._runtime.lock:
+            self._runtime.manager.resize_context(self._native, max_vram, base)
+            self._max_vram, self._base_vram = max_vram, base
+
+    def place(self, target: Placeable) -> Placeable:
+        """Copy what ``target`` holds into the context, and charge it there.
+
+        For storage that torch did not allocate in a session of the context: weights that were
+        loaded elsewhere, memory-mapped files, ``torch.from_numpy``. What is in the context
+        already is not copied. Shared storages stay shared within one call.
+
+        Args:
+            target: a module, whose parameters and buffers are replaced in place, or a tensor.
+
+        Returns:
+            The module itself, or a tensor with the same contents.
+
+        Raises:
+            torch.OutOfMemoryError: the budget does not suffice; a module is then as before.
+            ContextDestroyedError: it has been destroyed.
+        """
+        if not isinstance(target, torch.nn.Module | torch.Tensor):
+            raise TypeError(f"place() takes a module or a tensor, got {type(target).__name__}")
+        with ContextSession(self):
+            return copy_into_current(self._native, target)
+
+    def destroy(self) -> None:
+        """Give the name and the reservation back.
+
+        Memory that live tensors still hold stays with the device until the last is gone.
+
+        Raises:
+            ContextBusyError: sessions are open.
+            ContextDestroyedError: it has been destroyed already.
+        """
+        self._runtime.destroy(self)
+
+    def _require_alive(self) -> None:
+        if self._native.is_destroyed:
+            raise ContextDestroyedError(f"context {self._name!r} has been destroyed")
+
+    def __repr__(self) -> str:
+        if self._runtime.is_foreign:
+            return f"<ExecutionContext {self._name!r} of the parent process>"
+        if self._native.is_destroyed:
+            return f"<ExecutionContext {self._name!r} destroyed>"
+        usage = self.usage()
+        return (
+            f"<ExecutionContext {self._name!r} {self._qos.value} {self.state}: "
+            f"used {format_bytes(usage.used)}, reserved {format_bytes(usage.reserved)}, "
+            f"base {format_bytes(usage.base)}, max {format_bytes(usage.max)}>"
+        )

@@ -1,0 +1,62 @@
+"""The errors of the package: one tree.
+
+An allocation that cannot be had is not among them: it raises :class:`torch.OutOfMemoryError`, so
+that code written for torch keeps working. Bad arguments raise ``ValueError`` or ``TypeError``.
+"""
+
+__all__ = [
+    "AdmissionError",
+    "ContextBusyError",
+    "ContextDestroyedError",
+    "ContextNotFoundError",
+    "DeviceError",
+    "ForkError",
+    "InitializationError",
+    "InvariantError",
+    "PyGPUKitError",
+    "SessionError",
+]
+
+
+class PyGPUKitError(Exception):
+    """Base of everything that this package raises of its own."""
+
+
+class InitializationError(PyGPUKitError, RuntimeError):
+    """The device cannot be initialized as asked, or already is in another way."""
+
+
+class AdmissionError(PyGPUKitError):
+    """A reservation does not fit beside those already made; the message has the figures."""
+
+
+class ContextNotFoundError(PyGPUKitError, KeyError):
+    """No context has this name."""
+
+    def __str__(self) -> str:
+        # KeyError shows the repr of its argument, which would put the sentence in quotes.
+        return str(self.args[0]) if self.args else ""
+
+
+class ContextDestroyedError(PyGPUKitError, RuntimeError):
+    """The context has been destroyed."""
+
+
+class ContextBusyError(PyGPUKitError, RuntimeError):
+    """The context has open sessions, or contexts live that must be destroyed first."""
+
+
+class SessionError(PyGPUKitError, RuntimeError):
+    """A session was left in a thread that had not entered it."""
+
+
+class ForkError(PyGPUKitError, RuntimeError):
+    """A forked child used the device of its parent."""
+
+
+class DeviceError(PyGPUKitError, RuntimeError):
+    """A call to the device failed; what it was to do has been undone."""
+
+
+class InvariantError(PyGPUKitError, AssertionError):
+    """A check of the internal books failed: a bug in this package."""

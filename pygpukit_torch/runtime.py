@@ -1,0 +1,137 @@
+"""The one device of the process and the contexts on it."""
+
+import os
+import threading
+
+from pygpukit_torch import native
+from pygpukit_torch.context import ExecutionContext
+from pygpukit_torch.errors import (
+    ContextBusyError,
+    ContextNotFoundError,
+    ForkError,
+    InitializationError,
+)
+from pygpukit_torch.qos import QoSPolicy
+from pygpukit_torch.settings import Settings, Wishes
+
+
+class Runtime:
+    """An initialized device: the native manager, and the Python objects of its contexts.
+
+    Attributes:
+        lock: held while the set of contexts or a budget changes; never while memory is allocated.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.device = native.HostDevice(settings.total_vram)
+        self.manager = native.Manager(self.device)
+        self.lock = threading.RLock()
+        self._contexts: dict[str, ExecutionContext] = {}
+        self._process = os.getpid()
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether this is a forked child of the process that made it."""
+        return os.getpid() != self._process
+
+    @property
+    def contexts(self) -> list[ExecutionContext]:
+        """Those that live, in the order of creation."""
+        with self.lock:
+            return list(self._contexts.values())
+
+    def create(self, name: str, max_vram: int, base_vram: int, qos: QoSPolicy) -> ExecutionContext:
+        """Create a context; arguments are checked by the caller and by the manager."""
+        with self.lock:
+            handle = self.manager.create_context(name, max_vram, base_vram, qos.tier)
+            context = self._contexts[name] = ExecutionContext(self, handle, qos)
+            return context
+
+    def destroy(self, context: ExecutionContext) -> None:
+        """Destroy a context and free its name."""
+        with self.lock:
+            self.manager.destroy_context(context._native)
+            del self._contexts[context.name]
+
+    def get(self, name: str) -> ExecutionContext:
+        """Find a context by name. Raises ContextNotFoundError."""
+        with self.lock:
+            try:
+                return self._contexts[name]
+            except KeyError:
+                known = ", ".join(repr(other) for other in self._contexts) or "none"
+                raise ContextNotFoundError(
+                    f"no context is named {name!r}; there are: {known}"
+                ) from None
+
+    def current(self) -> ExecutionContext | None:
+        """Return the context of the calling thread's innermost session."""
+        handle = native.current_context()
+        return None if handle is None else self._contexts[handle.name]
+
+
+_runtime: Runtime | None = None
+_lock = threading.RLock()
+
+
+def _renew_lock_in_child() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock_in_child)
+
+
+def initialize(wishes: Wishes) -> Runtime:
+    """Make the device, or return the one there is if it is as wished."""
+    global _runtime
+    wishes.check()
+    with _lock:
+        if _runtime is None:
+            runtime = Runtime(wishes.resolve())
+            native.guard_forks(runtime.manager)
+            native.install_cpu_allocator()
+            _runtime = runtime
+        elif conflicts := wishes.conflicts(_runtime.settings):
+            raise InitializationError(
+                "already initialized with other arguments: asked for "
+                + ", ".join(conflicts)
+                + "; call shutdown() first"
+            )
+        return usable(_runtime)
+
+
+def usable(runtime: Runtime) -> Runtime:
+    """Return the runtime, unless it belongs to a parent process."""
+    if runtime.is_foreign:
+        raise ForkError(
+            "this process is a forked child of the one that initialized pygpukit_torch and "
+            "cannot use its device (start the process with 'spawn' instead)"
+        )
+    return runtime
+
+
+def existing() -> Runtime | None:
+    """Return the runtime if there is one; no initialization. Raises ForkError."""
+    runtime = _runtime
+    return None if runtime is None else usable(runtime)
+
+
+def get_or_initialize() -> Runtime:
+    """Return the runtime, made with the defaults if there is none."""
+    return existing() or initialize(Wishes())
+
+
+def shutdown() -> None:
+    """Put torch's allocator back and forget the device."""
+    global _runtime
+    with _lock:
+        runtime = existing()
+        if runtime is None:
+            return
+        if alive := runtime.contexts:
+            names = ", ".join(repr(context.name) for context in alive)
+            raise ContextBusyError(f"cannot shut down, contexts live: {names}; destroy them first")
+        native.uninstall_cpu_allocator()
+        _runtime = None

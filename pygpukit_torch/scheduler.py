@@ -1,0 +1,287 @@
+"""The public functions: contexts, sessions, streams and what there is to know about them."""
+
+from dataclasses import dataclass
+
+from pygpukit_torch import runtime as _runtime
+from pygpukit_torch.context import ExecutionContext
+from pygpukit_torch.errors import ContextNotFoundError
+from pygpukit_torch.memory import GB, KB, MB, ContextUsage, check_bytes
+from pygpukit_torch.qos import QoSPolicy
+from pygpukit_torch.session import ContextSession
+from pygpukit_torch.settings import Wishes, check_device_id
+from pygpukit_torch.streams import ContextEvent, ContextStream
+
+__all__ = [
+    "GB",
+    "KB",
+    "MB",
+    "ContextEvent",
+    "ContextSession",
+    "ContextStats",
+    "ContextStream",
+    "ContextUsage",
+    "ExecutionContext",
+    "QoSPolicy",
+    "SchedulerStats",
+    "context_session",
+    "create_context",
+    "current_context",
+    "destroy_context",
+    "get_available_vram",
+    "get_context",
+    "get_context_usage",
+    "get_stream",
+    "initialize",
+    "list_contexts",
+    "record_event",
+    "shutdown",
+    "stats",
+    "wait_event",
+]
+
+
+def initialize(
+    device_id: int | None = None,
+    *,
+    device: str | None = None,
+    total_vram: int | None = None,
+    host_backup: int | None = None,
+) -> None:
+    """Make the device and install the allocator.
+
+    Calling it again is fine as long as no argument asks for something else than there is. What is
+    not given comes from the environment (``PYGPUKIT_DEVICE_ID``, ``PYGPUKIT_DEVICE``,
+    ``PYGPUKIT_TOTAL_VRAM``, ``PYGPUKIT_HOST_BACKUP``), else from the defaults.
+
+    Args:
+        device_id: which device of the kind, 0 by default.
+        device: ``"cpu"``, the host device; ``"cuda"``; or None for CUDA where it can be had and
+            the host device, with a line in the log, where it cannot.
+        total_vram: bytes that all contexts together may hold; 8 GiB by default on the host
+            device, committed as it is used.
+        host_backup: bytes of host memory for evicted contexts; by default the smaller of
+            ``total_vram`` and half of the free host memory. Nothing is evicted yet, so this is
+            only recorded.
+
+    Raises:
+        InitializationError: the device cannot be had, or is initialized in another way.
+        TypeError, ValueError: an argument or an environment variable is no valid value.
+        ForkError: this is a forked child of a process that has initialized.
+    """
+    _runtime.initialize(Wishes(device, device_id, total_vram, host_backup))
+
+
+def shutdown() -> None:
+    """Undo :func:`initialize`. Does nothing if there was none.
+
+    Tensors of destroyed contexts may still live; they are freed correctly all the same.
+
+    Raises:
+        ContextBusyError: contexts live.
+    """
+    _runtime.shutdown()
+
+
+def create_context(
+    name: str,
+    max_vram: int,
+    *,
+    base_vram: int | None = None,
+    qos: QoSPolicy = QoSPolicy.BURSTABLE,
+    partition: str | None = None,
+    device_id: int | None = None,
+) -> ExecutionContext:
+    """Create a context; initializes with the defaults if needed.
+
+    Args:
+        name: unique among the contexts that live.
+        max_vram: the budget in bytes; at least one page of 2 MiB.
+        base_vram: the part of it that is reserved. By default ``max_vram`` for a guaranteed
+            context, which cannot have less, and 0 for others; best effort cannot have more.
+        qos: the tier.
+        partition: the name of the partition that the context belongs to. There are none yet.
+        device_id: the device, which must be the one that was initialized.
+
+    Raises:
+        ValueError: a duplicate name, sizes that are inconsistent or exceed the device, an unknown
+            partition or device.
+        TypeError: an argument is of the wrong type.
+        AdmissionError: the reservation does not fit beside those already made.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str, got {type(name).__name__} {name!r}")
+    if not isinstance(qos, QoSPolicy):
+        raise TypeError(f"qos must be a QoSPolicy, got {type(qos).__name__} {qos!r}")
+    max_vram = check_bytes("max_vram", max_vram)
+    if base_vram is None:
+        base_vram = max_vram if qos is QoSPolicy.GUARANTEED else 0
+    base_vram = check_bytes("base_vram", base_vram, least=0)
+    if partition is not None:
+        raise ValueError(f"unknown partition {partition!r}: there are no partitions")
+    runtime = _runtime.get_or_initialize()
+    if device_id is not None:
+        check_device_id("device_id", device_id)
+        if device_id != runtime.settings.device_id:
+            raise ValueError(
+                f"device_id {device_id} is not the initialized {runtime.settings.device_id}"
+            )
+    return runtime.create(name, max_vram, base_vram, qos)
+
+
+def get_context(name: str) -> ExecutionContext:
+    """Find a context by its name.
+
+    Raises:
+        ContextNotFoundError: there is none of that name.
+    """
+    runtime = _runtime.existing()
+    if runtime is None:
+        raise ContextNotFoundError(f"no context is named {name!r}; there are: none")
+    return runtime.get(name)
+
+
+def destroy_context(context: ExecutionContext | str) -> None:
+    """Destroy a context, given itself or its name: see :meth:`ExecutionContext.destroy`."""
+    (get_context(context) if isinstance(context, str) else _checked(context)).destroy()
+
+
+def list_contexts() -> list[ExecutionContext]:
+    """All contexts that live, in the order of their creation."""
+    runtime = _runtime.existing()
+    return runtime.contexts if runtime else []
+
+
+def current_context() -> ExecutionContext | None:
+    """The context of the innermost session of the calling thread; None outside of sessions."""
+    runtime = _runtime.existing()
+    return runtime.current() if runtime else None
+
+
+def context_session(context: ExecutionContext) -> ContextSession:
+    """Return a session: ``with context_session(ctx):`` runs its body in the context.
+
+    Inside, what torch allocates on the calling thread is charged to the context and comes out of
+    its memory; memory freed anywhere, at any time, is credited to the context it came from.
+    Sessions nest, and a session object may be entered again, also by other threads.
+
+    Raises:
+        TypeError: ``context`` is no context.
+        ContextDestroyedError: on entering, if it has been destroyed.
+        SessionError: on leaving in another thread than the one that entered.
+    """
+    return ContextSession(_checked(context))
+
+
+def get_available_vram() -> int:
+    """Bytes of the largest guarantee that would be admitted now.
+
+    The capacity less, for every context, the larger of its base and the pages in which its live
+    tensors lie.
+    """
+    return _runtime.get_or_initialize().manager.device_usage().available
+
+
+def get_context_usage(context: ExecutionContext) -> ContextUsage:
+    """What a context uses: see :class:`ContextUsage`.
+
+    Raises:
+        ContextDestroyedError: it has been destroyed.
+    """
+    return _checked(context).usage()
+
+
+def get_stream(context: ExecutionContext) -> ContextStream:
+    """The context's own stream."""
+    return _checked(context).stream
+
+
+def record_event(context: ExecutionContext) -> ContextEvent:
+    """Mark the present end of the context's stream.
+
+    Raises:
+        ContextDestroyedError: it has been destroyed.
+    """
+    _checked(context)._require_alive()
+    return context.stream.record_event()
+
+
+def wait_event(context: ExecutionContext, event: ContextEvent) -> None:
+    """Let the context's work from now on start after ``event``.
+
+    On the host device the calling thread waits.
+
+    Raises:
+        TypeError: ``event`` does not come from :func:`record_event`.
+        ContextDestroyedError: the context has been destroyed.
+    """
+    _checked(context)._require_alive()
+    context.stream.wait_event(event)
+
+
+@dataclass(frozen=True, slots=True)
+class ContextStats:
+    """One context in :func:`stats`. ``state`` is ``"destroyed"`` while live tensors remain."""
+
+    name: str
+    qos: QoSPolicy
+    state: str
+    usage: ContextUsage
+    live_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    """The device and every context at one moment. Sizes in bytes.
+
+    Attributes:
+        device: ``"cpu"`` or ``"cuda"``.
+        capacity: what all contexts together may hold.
+        reserved: what they hold.
+        pooled: physical memory kept ready, for reservations and for reuse.
+        available: see :func:`get_available_vram`.
+        contexts: those that live, and those destroyed whose memory is still in use.
+    """
+
+    device: str
+    device_id: int
+    capacity: int
+    reserved: int
+    pooled: int
+    available: int
+    host_backup: int
+    contexts: tuple[ContextStats, ...]
+
+
+def stats() -> SchedulerStats:
+    """Return one consistent record of the device and all contexts."""
+    runtime = _runtime.get_or_initialize()
+    with runtime.lock:
+        states = {context.name: context.state for context in runtime.contexts}
+        usage = runtime.manager.device_usage()
+    return SchedulerStats(
+        device=runtime.settings.device,
+        device_id=runtime.settings.device_id,
+        capacity=usage.capacity,
+        reserved=usage.resident,
+        pooled=usage.pooled,
+        available=usage.available,
+        host_backup=runtime.settings.host_backup,
+        contexts=tuple(
+            ContextStats(
+                name=context.name,
+                qos=QoSPolicy(context.tier.name),
+                state="destroyed" if context.orphan else states[context.name],
+                usage=ContextUsage.of(context),
+                live_blocks=context.live_blocks,
+            )
+            for context in usage.contexts
+        ),
+    )
+
+
+def _checked(context: ExecutionContext) -> ExecutionContext:
+    if not isinstance(context, ExecutionContext):
+        raise TypeError(
+            f"expected a context from create_context, got {type(context).__name__} {context!r}"
+        )
+    return context

@@ -1,0 +1,86 @@
+"""Streams of contexts, and events that order work between them.
+
+On the host device the work of a CPU operator is done when the call returns, so a stream there
+only carries copies, events and waits; waiting for an event holds the calling thread, because it
+is the thread that would go on to read the data.
+"""
+
+import torch
+
+from pygpukit_torch import native
+
+
+class ContextEvent(torch.cpu.Event):
+    """A point in a context's stream. Made by :func:`pygpukit_torch.record_event`."""
+
+    def __init__(self, device: native.Device, event: int) -> None:
+        self._device = device
+        self.id = event
+
+    def query(self) -> bool:
+        """Whether all work before the event is done."""
+        return self._device.is_done(self.id)
+
+    def synchronize(self) -> None:
+        """Block the calling thread until all work before the event is done."""
+        self._device.synchronize_event(self.id)
+
+    def record(self, stream: torch.cpu.Stream | None = None) -> None:
+        """Mark the present end of ``stream``, a context's, instead of the earlier point."""
+        self._device, self.id = _context_stream(stream)._record()
+
+    def wait(self, stream: torch.cpu.Stream | None = None) -> None:
+        """Make later work of ``stream``, a context's, wait for the event."""
+        _context_stream(stream).wait_event(self)
+
+
+class ContextStream(torch.cpu.Stream):
+    """The stream of one context. Made by :func:`pygpukit_torch.create_context`.
+
+    Attributes:
+        id: a number that no other stream of the device has.
+        priority: as the driver counts, lower is more important; 0 on the host device.
+    """
+
+    def __init__(self, device: native.Device, stream: int) -> None:
+        self._device = device
+        self.id = stream
+        self.priority = 0
+
+    def synchronize(self) -> None:
+        """Block the calling thread until all work of the stream is done."""
+        self._device.synchronize_stream(self.id)
+
+    def query(self) -> bool:
+        """Whether all work of the stream is done."""
+        return self._device.is_done(self._device.record(self.id))
+
+    def _record(self) -> tuple[native.Device, int]:
+        return self._device, self._device.record(self.id)
+
+    def record_event(self, event: ContextEvent | None = None) -> ContextEvent:
+        """Mark the present end of the stream by a new event, or by ``event``."""
+        if event is None:
+            return ContextEvent(*self._record())
+        event.record(self)
+        return event
+
+    def wait_event(self, event: ContextEvent) -> None:
+        """Let work from now on start after ``event``."""
+        if not isinstance(event, ContextEvent):
+            raise TypeError(f"expected an event from record_event, got {type(event).__name__}")
+        self._device.wait(self.id, event.id)
+        event.synchronize()
+
+    def wait_stream(self, stream: torch.cpu.Stream) -> None:
+        """Let work from now on start after the present work of ``stream``, a context's."""
+        self.wait_event(_context_stream(stream).record_event())
+
+    def __repr__(self) -> str:
+        return f"<ContextStream {self.id} of device {self._device.name!r}>"
+
+
+def _context_stream(stream: torch.cpu.Stream | None) -> ContextStream:
+    if not isinstance(stream, ContextStream):
+        raise TypeError(f"expected the stream of a context, got {type(stream).__name__}")
+    return stream
