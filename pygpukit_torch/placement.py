@@ -20,7 +20,9 @@ def copy_into_current(context: native.Context, target: Placeable) -> Placeable:
         if context.block_bytes(address) or not storage.nbytes():
             return tensor
         if address not in copies:
-            copies[address] = storage.clone()
+            # Not storage.clone(): untyped storages come from torch's default allocator, always.
+            fresh = torch.empty(storage.nbytes(), dtype=torch.uint8).untyped_storage()
+            copies[address] = fresh.copy_(storage)
         same_view = (tensor.storage_offset(), tensor.size(), tensor.stride())
         return torch.empty(0, dtype=tensor.dtype).set_(copies[address], *same_view)
 

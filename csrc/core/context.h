@@ -11,6 +11,7 @@
 #include "core/arena.h"
 #include "core/error.h"
 #include "core/ledger.h"
+#include "core/spin_lock.h"
 #include "core/types.h"
 #include "device/device.h"
 
@@ -75,7 +76,7 @@ class Context : public std::enable_shared_from_this<Context> {
   Address address_of(std::uint32_t page) const { return address_ + page * arena_.page_bytes(); }
   void require_open() const;
 
-  mutable std::mutex mutex_;
+  mutable SpinLock mutex_;
   Arena arena_;
   Address address_;
   State state_ = State::open;

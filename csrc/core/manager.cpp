@@ -9,7 +9,7 @@
 namespace pgk {
 namespace {
 
-using ContextLock = std::lock_guard<std::mutex>;
+using ContextLock = std::lock_guard<SpinLock>;
 
 // Bulk pages: the device calls cost the same for 2 MiB as for 32 MiB, while a budget should not
 // lose more than a 64th to rounding.
@@ -83,6 +83,18 @@ void Manager::validate(const ContextSpec& spec) const {
   }
 }
 
+// Runs what may be refused, and says who was refused and what the device had to do with it.
+template <typename Step>
+auto Manager::on_behalf_of(const std::string& name, Step step) {
+  try {
+    return step();
+  } catch (const Error& error) {
+    throw Error(error.code(),
+                "context '" + name + "': " + error.what() +
+                    (device_said_.empty() ? "" : "; the device said: " + device_said_));
+  }
+}
+
 std::shared_ptr<Context> Manager::create_context(const ContextSpec& spec) {
   const std::lock_guard lock(mutex_);
   require_usable();
@@ -94,25 +106,23 @@ std::shared_ptr<Context> Manager::create_context(const ContextSpec& spec) {
     }
   }
   validate(spec);
+  device_said_.clear();
   collect_orphans();
 
-  Ledger::Id account{};
   reclaim(spec.base, nullptr);
-  try {
-    account = ledger_.open(spec.max, spec.base);
-  } catch (const Error& error) {
-    throw Error(error.code(), "context '" + spec.name + "': " + error.what());
-  }
+  const auto account =
+      on_behalf_of(spec.name, [&] { return ledger_.open(spec.max, spec.base); });
   ScopeExit close_account([&] { ledger_.close(account); });
 
   const std::size_t page = page_bytes_for(spec.max);
-  pool_.reserve(page, spec.base / page);
+  on_behalf_of(spec.name, [&] { pool_.reserve(page, spec.base / page); });
   ScopeExit drop_reservation([&] { pool_.unreserve(page, spec.base / page); });
 
   const std::size_t range = round_up(kRangePerCapacity * ledger_.capacity(), AddressTable::kUnit);
-  const Address address = device_->reserve(range, AddressTable::kUnit);
+  const Address address =
+      on_behalf_of(spec.name, [&] { return device_->reserve(range, AddressTable::kUnit); });
   ScopeExit unreserve([&] { device_->unreserve(address, range); });
-  const StreamId stream = device_->create_stream(0);
+  const StreamId stream = on_behalf_of(spec.name, [&] { return device_->create_stream(0); });
   ScopeExit destroy_stream([&] { device_->destroy_stream(stream); });
 
   auto context =
@@ -163,6 +173,7 @@ void Manager::resize_context(Context& context, std::size_t max, std::size_t base
   const std::lock_guard lock(mutex_);
   const ContextLock context_lock(context.mutex_);
   live(context);
+  device_said_.clear();
   validate({context.name(), max, base, context.tier()});
   const std::size_t page = context.page_bytes();
   const std::size_t target = max / page;
@@ -178,9 +189,9 @@ void Manager::resize_context(Context& context, std::size_t max, std::size_t base
   }
   const Ledger::Account before = ledger_.account(context.id());
   if (base > before.committed()) reclaim(base - before.committed(), &context);
-  ledger_.resize(context.id(), max, base);
+  on_behalf_of(context.name(), [&] { ledger_.resize(context.id(), max, base); });
   ScopeExit undo([&] { ledger_.resize(context.id(), before.max, before.base); });
-  set_reserved_pages(context, before.base, base);
+  on_behalf_of(context.name(), [&] { set_reserved_pages(context, before.base, base); });
   undo.dismiss();
 }
 

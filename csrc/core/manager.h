@@ -77,11 +77,13 @@ class Manager : public std::enable_shared_from_this<Manager> {
   void validate(const ContextSpec& spec) const;
   std::size_t page_bytes_for(std::size_t max) const;
   void require_usable() const;
+  template <typename Step>
+  auto on_behalf_of(const std::string& name, Step step);
 
   // With the manager's lock; those that name a context need its lock too.
-  bool grow(Context& context, std::uint32_t granules, std::string& cause);
+  bool grow(Context& context, std::uint32_t granules);
   std::size_t allowed_pages(const Context& context) const;
-  void map_pages(Context& context, Arena::PageRun pages, std::string& cause);
+  void map_pages(Context& context, Arena::PageRun pages);
   std::size_t give_up_pages(Context& context, std::size_t count,
                             std::optional<Arena::PageRun> beside = std::nullopt);
   std::size_t unmap_tail(Context& context, const Arena::FreeRun& run, std::size_t count);
@@ -96,7 +98,7 @@ class Manager : public std::enable_shared_from_this<Manager> {
   Usage usage_beside(const Context& context, std::size_t unprotected) const;
   std::size_t protected_bytes(const Context& context) const;
   std::size_t unprotected_bytes() const;
-  [[noreturn]] void refuse(Context& context, std::size_t bytes, const std::string& cause);
+  [[noreturn]] void refuse(Context& context, std::size_t bytes, const std::string& device_said);
   std::vector<Context*> all() const;
 
   mutable std::mutex mutex_;
@@ -105,6 +107,8 @@ class Manager : public std::enable_shared_from_this<Manager> {
   HandlePool pool_;
   std::vector<std::shared_ptr<Context>> contexts_;
   std::vector<std::shared_ptr<Context>> orphans_;
+  // What the device refused in the operation under way, for the error that may come of it.
+  std::string device_said_;
   bool forked_ = false;
 };
 

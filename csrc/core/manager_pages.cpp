@@ -6,21 +6,22 @@
 namespace pgk {
 namespace {
 
-using ContextLock = std::lock_guard<std::mutex>;
+using ContextLock = std::lock_guard<SpinLock>;
 
 }  // namespace
 
 void* Manager::allocate_slow(Context& context, std::size_t bytes) {
-  std::string cause;
+  std::string device_said;
   {
     const std::lock_guard lock(mutex_);
+    device_said_.clear();
     const ContextLock context_lock(context.mutex_);
     live(context);
     const std::size_t granules = bytes / kGranule + (bytes % kGranule != 0);
     if (bytes <= ledger_.account(context.id()).max) {
       // Another thread may have made room between the miss and the lock.
       std::uint32_t start = context.arena_.allocate(static_cast<std::uint32_t>(granules));
-      if (start == Arena::kNone && grow(context, static_cast<std::uint32_t>(granules), cause)) {
+      if (start == Arena::kNone && grow(context, static_cast<std::uint32_t>(granules))) {
         ++context.counters_.growths;
         start = context.arena_.allocate(static_cast<std::uint32_t>(granules));
       }
@@ -30,8 +31,9 @@ void* Manager::allocate_slow(Context& context, std::size_t bytes) {
       }
     }
     ++context.counters_.refusals;
+    device_said = device_said_;
   }
-  refuse(context, bytes, cause);
+  refuse(context, bytes, device_said);
 }
 
 // Pages that the context may still get, by its budget and by the device.
@@ -39,10 +41,9 @@ std::size_t Manager::allowed_pages(const Context& context) const {
   return ledger_.room(context.id()) / context.page_bytes();
 }
 
-// Makes a request of `granules` succeed, or returns false with what the device said, if it was
-// the device. Free pages are given up in the order of what they cost: the context's own that
+// Makes a request of `granules` succeed, or returns false. Free pages are given up in the order of what they cost: the context's own that
 // the new block cannot use, then those of others, then all of its own.
-bool Manager::grow(Context& context, std::uint32_t granules, std::string& cause) {
+bool Manager::grow(Context& context, std::uint32_t granules) {
   auto plan = context.arena_.plan_growth(granules);
   const auto missing = [&]() -> std::size_t {
     const std::size_t allowed = allowed_pages(context);
@@ -60,12 +61,12 @@ bool Manager::grow(Context& context, std::uint32_t granules, std::string& cause)
   }
   if (!plan || missing() > 0) return false;
   const std::uint32_t resident = context.arena_.resident_pages();
-  map_pages(context, *plan, cause);
+  map_pages(context, *plan);
   return context.arena_.resident_pages() == resident + plan->count;
 }
 
 // Pages mapped before a device call failed stay with the arena, as free pages.
-void Manager::map_pages(Context& context, Arena::PageRun pages, std::string& cause) {
+void Manager::map_pages(Context& context, Arena::PageRun pages) {
   const std::size_t page_bytes = context.page_bytes();
   const std::size_t base = ledger_.account(context.id()).base;
   std::uint32_t mapped = 0;
@@ -84,7 +85,7 @@ void Manager::map_pages(Context& context, Arena::PageRun pages, std::string& cau
       ledger_.charge(context.id(), page_bytes);
     }
   } catch (const Error& error) {
-    cause = error.what();
+    device_said_ = error.what();
   }
   context.counters_.pages_mapped += mapped;
   if (mapped > 0) context.arena_.add_pages({pages.first, mapped});
@@ -119,8 +120,9 @@ std::size_t Manager::unmap_tail(Context& context, const Arena::FreeRun& run, std
       ledger_.refund(context.id(), page_bytes);
       pool_.give_back(handle, base_pages > context.handles_.size());
     }
-  } catch (const Error&) {
+  } catch (const Error& error) {
     // The page is still mapped and booked; whoever needed it sees that too little came.
+    device_said_ = error.what();
   }
   context.counters_.pages_unmapped += unmapped;
   if (unmapped > 0) context.arena_.remove_pages({run.block, {end - unmapped, unmapped}});

@@ -7,7 +7,7 @@
 namespace pgk {
 namespace {
 
-using ContextLock = std::lock_guard<std::mutex>;
+using ContextLock = std::lock_guard<SpinLock>;
 
 }  // namespace
 
@@ -71,7 +71,7 @@ DeviceUsage Manager::device_usage() const {
   return usage;
 }
 
-void Manager::refuse(Context& context, std::size_t bytes, const std::string& cause) {
+void Manager::refuse(Context& context, std::size_t bytes, const std::string& device_said) {
   const Usage own = usage(context);
   const DeviceUsage device = device_usage();
   std::string text = "context '" + own.name + "' is out of memory: tried to allocate " +
@@ -79,7 +79,7 @@ void Manager::refuse(Context& context, std::size_t bytes, const std::string& cau
                      " of its budget of " + format_bytes(own.max) + " in use (" +
                      format_bytes(own.resident) + " resident, peak " + format_bytes(own.peak) +
                      ").";
-  if (!cause.empty()) text += " The device said: " + cause + ".";
+  if (!device_said.empty()) text += " The device said: " + device_said + ".";
   text += " Device '" + device_->properties().name + "': capacity " +
           format_bytes(device.capacity) + ", resident " + format_bytes(device.resident) +
           "; used by";

@@ -1,0 +1,1 @@
+"""Benchmarks: one story a file, run by ``python -m benchmarks STORY``."""

@@ -1,0 +1,69 @@
+"""What every story's result carries, and how it is shown and stored."""
+
+import json
+import platform
+import subprocess
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+def machine() -> dict[str, str]:
+    """What the figures were taken on."""
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit or "unknown",
+        "cpu": cpu,
+        "cores": str(len(__import__("os").sched_getaffinity(0))),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+@dataclass
+class Report:
+    """One story's result: rows of named figures, and the machine they belong to."""
+
+    story: str
+    unit: str
+    columns: list[str]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    machine: dict[str, str] = field(default_factory=machine)
+
+    def show(self) -> None:
+        """Print it as a table."""
+        table = Table(title=f"{self.story} ({self.unit})")
+        for column in self.columns:
+            table.add_column(column, justify="right")
+        for row in self.rows:
+            table.add_row(*(_shown(row[column]) for column in self.columns))
+        console = Console()
+        console.print(table)
+        console.print("  ".join(f"{key} {value}" for key, value in self.machine.items()))
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) and value < 100 else (
+        f"{value:.0f}" if isinstance(value, float) else str(value)
+    )

@@ -1,0 +1,237 @@
+"""What every device must do, whatever it is made of. Parametrised by the devices there are."""
+
+import ctypes
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from pygpukit_torch import DeviceError, native
+from pygpukit_torch.native import Device
+
+CAPACITY = 32 << 20
+PAGE = 2 << 20
+ALIGNMENT = 1 << 30
+
+DEVICES: dict[str, Callable[[], Device]] = {"host": lambda: native.HostDevice(CAPACITY)}
+
+
+@pytest.fixture(params=list(DEVICES))
+def device(request: pytest.FixtureRequest) -> Device:
+    return DEVICES[request.param]()
+
+
+class Memory:
+    """Reads and writes device memory through the device's own copies."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.stream = device.create_stream()
+
+    def write(self, address: int, data: bytes) -> None:
+        buffer = ctypes.create_string_buffer(data, len(data))
+        self.device.copy(address, ctypes.addressof(buffer), len(data), self.stream)
+        self.device.synchronize_stream(self.stream)
+
+    def read(self, address: int, size: int) -> bytes:
+        buffer = ctypes.create_string_buffer(size)
+        self.device.copy(ctypes.addressof(buffer), address, size, self.stream)
+        self.device.synchronize_stream(self.stream)
+        return buffer.raw
+
+
+def test_properties(device: Device) -> None:
+    assert device.capacity == CAPACITY
+    assert device.granularity == PAGE
+    assert device.name
+
+
+def test_mapped_memory_keeps_what_is_written(device: Device) -> None:
+    memory = Memory(device)
+    address = device.reserve(8 * PAGE, ALIGNMENT)
+    assert address % ALIGNMENT == 0
+    handle = device.create(2 * PAGE)
+    assert handle.bytes == 2 * PAGE
+    device.map(address + 3 * PAGE, handle)
+    memory.write(address + 4 * PAGE - 3, b"across")
+    assert memory.read(address + 4 * PAGE - 3, 6) == b"across"
+
+
+def test_a_handle_keeps_its_contents_when_it_moves(device: Device) -> None:
+    memory = Memory(device)
+    address = device.reserve(8 * PAGE, ALIGNMENT)
+    handle = device.create(PAGE)
+    device.map(address, handle)
+    memory.write(address, b"here")
+    device.unmap(address, handle)
+    device.map(address + 5 * PAGE, handle)
+    assert memory.read(address + 5 * PAGE, 4) == b"here"
+
+
+def test_a_range_can_be_given_back_and_reserved_again(device: Device) -> None:
+    address = device.reserve(4 * PAGE, PAGE)
+    handle = device.create(PAGE)
+    device.map(address, handle)
+    device.unmap(address, handle)
+    device.unreserve(address, 4 * PAGE)
+    device.unreserve(device.reserve(4 * PAGE, PAGE), 4 * PAGE)
+
+
+def test_capacity_is_a_limit_and_release_gives_back(device: Device) -> None:
+    handles = [device.create(8 * PAGE), device.create(8 * PAGE)]
+    with pytest.raises(DeviceError, match=r"create of 2\.00 MiB failed"):
+        device.create(PAGE)
+    device.release(handles.pop())
+    for _ in range(8):
+        handles.append(device.create(PAGE))
+    with pytest.raises(DeviceError, match="out of memory"):
+        device.create(PAGE)
+
+
+def test_handles_of_many_sizes_do_not_wear_the_device_out(device: Device) -> None:
+    for round_ in range(50):
+        size = PAGE * (1 + round_ % 7)
+        handles = [device.create(size) for _ in range(CAPACITY // size)]
+        for handle in handles:
+            device.release(handle)
+
+
+@pytest.mark.parametrize("size", [0, 1, PAGE - 1, PAGE + 512])
+def test_sizes_are_multiples_of_the_granularity(device: Device, size: int) -> None:
+    with pytest.raises(ValueError, match="multiple of the granularity"):
+        device.create(size)
+    with pytest.raises(ValueError, match="multiple of the granularity"):
+        device.reserve(size, PAGE)
+
+
+def test_work_of_a_stream_runs_in_order(device: Device) -> None:
+    memory = Memory(device)
+    address = device.reserve(PAGE, PAGE)
+    device.map(address, device.create(PAGE))
+    memory.write(address, b"1234")
+    stream = device.create_stream()
+    device.copy(address + 4, address, 4, stream)
+    device.copy(address + 8, address + 4, 4, stream)
+    event = device.record(stream)
+    device.synchronize_event(event)
+    assert device.is_done(event)
+    assert memory.read(address, 12) == b"123412341234"
+
+
+def test_priorities_are_clamped(device: Device) -> None:
+    device.destroy_stream(device.create_stream(-100))
+    device.destroy_stream(device.create_stream(100))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [call for call in Device.Call.__members__.values() if call != Device.Call.any],
+    ids=lambda call: call.name,
+)
+def test_a_failed_call_changes_nothing(device: Device, call: Device.Call) -> None:
+    """Runs every kind of call, fails one kind, and runs the very same call again."""
+    memory = Memory(device)
+
+    def attempt(kind: Device.Call, action: Callable[[], object]) -> object:
+        if kind == call:
+            device.inject_fault(1, kind)
+            with pytest.raises(DeviceError, match=f"{kind.name}.* failed: injected fault"):
+                action()
+        return action()
+
+    kinds = Device.Call
+    address = attempt(kinds.reserve, lambda: device.reserve(2 * PAGE, PAGE))
+    handle = attempt(kinds.create, lambda: device.create(PAGE))
+    assert isinstance(address, int)
+    assert isinstance(handle, native.Handle)
+    attempt(kinds.map, lambda: device.map(address, handle))
+    stream = attempt(kinds.create_stream, device.create_stream)
+    assert isinstance(stream, int)
+    memory.write(address, b"kept")
+    attempt(kinds.copy, lambda: device.copy(address + 4, address, 4, stream))
+    event = attempt(kinds.record, lambda: device.record(stream))
+    assert isinstance(event, int)
+    attempt(kinds.wait, lambda: device.wait(stream, event))
+    attempt(kinds.synchronize, lambda: device.synchronize_stream(stream))
+    assert memory.read(address, 8) == b"keptkept"
+    attempt(kinds.destroy_stream, lambda: device.destroy_stream(stream))
+    attempt(kinds.unmap, lambda: device.unmap(address, handle))
+    attempt(kinds.release, lambda: device.release(handle))
+    attempt(kinds.unreserve, lambda: device.unreserve(address, 2 * PAGE))
+
+
+def test_the_nth_call_of_any_kind_fails_once(device: Device) -> None:
+    device.inject_fault(3)
+    device.create(PAGE)
+    stream = device.create_stream()
+    with pytest.raises(DeviceError, match="record failed"):
+        device.record(stream)
+    device.record(stream)
+    device.inject_fault(1)
+    device.inject_fault(0)
+    device.record(stream)
+
+
+# Streams that can be held: only the host device has them -----------------------------------------
+
+
+@pytest.fixture
+def host() -> native.HostDevice:
+    return native.HostDevice(CAPACITY)
+
+
+def test_a_held_stream_holds_back_its_work_and_who_waits_for_it(host: native.HostDevice) -> None:
+    source = ctypes.create_string_buffer(b"data", 4)
+    target = ctypes.create_string_buffer(4)
+    first, second = host.create_stream(), host.create_stream()
+    host.hold(first)
+    host.copy(ctypes.addressof(target), ctypes.addressof(source), 4, first)
+    copied = host.record(first)
+    host.wait(second, copied)
+    after = host.record(second)
+    assert not host.is_done(copied)
+    assert not host.is_done(after)
+    assert target.raw == bytes(4)
+    host.let_go(first)
+    assert host.is_done(copied)
+    assert host.is_done(after)
+    assert target.raw == b"data"
+
+
+def test_synchronize_blocks_until_the_stream_is_let_go(host: native.HostDevice) -> None:
+    stream = host.create_stream()
+    host.hold(stream)
+    event = host.record(stream)
+    threading.Timer(0.05, host.let_go, [stream]).start()
+    host.synchronize_event(event)
+    assert host.is_done(event)
+
+
+def test_a_stream_with_unfinished_work_cannot_be_destroyed(host: native.HostDevice) -> None:
+    stream = host.create_stream()
+    host.hold(stream)
+    host.record(stream)
+    with pytest.raises(RuntimeError, match="unfinished work"):
+        host.destroy_stream(stream)
+    host.let_go(stream)
+    host.destroy_stream(stream)
+
+
+def test_host_memory_is_committed_when_touched_and_given_back_on_release() -> None:
+    host = native.HostDevice(CAPACITY)
+    address = host.reserve(8 * PAGE, PAGE)
+    handle = host.create(8 * PAGE)
+    host.map(address, handle)
+    assert host.committed_bytes == 0
+    ctypes.memset(address, 1, 8 * PAGE)
+    assert host.committed_bytes == 8 * PAGE
+    host.unmap(address, handle)
+    assert host.committed_bytes == 8 * PAGE
+    host.release(handle)
+    assert host.committed_bytes == 0
+
+
+@pytest.mark.parametrize("capacity", [0, PAGE - 1, 1 << 50])
+def test_host_capacities_that_cannot_be(capacity: int) -> None:
+    with pytest.raises(ValueError, match="is not between"):
+        native.HostDevice(capacity)

@@ -1,0 +1,453 @@
+"""The manager on a host device: budgets, reservations, reuse between contexts, failures."""
+
+import ctypes
+import random
+import threading
+
+import pytest
+
+import torch
+from pygpukit_torch import (
+    AdmissionError,
+    ContextBusyError,
+    ContextDestroyedError,
+    DeviceError,
+    native,
+)
+from pygpukit_torch.native import Device, Tier
+
+MB = 1 << 20
+PAGE = 2 * MB
+
+
+class Fixture:
+    def __init__(self, capacity: int = 64 * MB) -> None:
+        self.device = native.HostDevice(capacity)
+        self.manager = native.Manager(self.device)
+
+    def create(self, name: str, budget: int, base: int = 0, tier: Tier | None = None) -> native.Context:
+        if tier is None:
+            tier = Tier.guaranteed if base == budget else Tier.burstable
+        return self.manager.create_context(name, budget, base, tier)
+
+    def resident(self, context: native.Context) -> int:
+        return self.manager.usage(context).resident
+
+
+@pytest.fixture
+def fixture() -> Fixture:
+    return Fixture()
+
+
+def test_memory_is_usable_and_budgeted(fixture: Fixture) -> None:
+    context = fixture.create("a", 8 * MB)
+    blocks = [context.allocate(MB) for _ in range(8)]
+    for index, block in enumerate(blocks):
+        ctypes.memset(block, index, MB)
+    with pytest.raises(torch.OutOfMemoryError, match=r"'a' is out of memory: tried to allocate 1 B with 8"):
+        context.allocate(1)
+    assert [ctypes.string_at(block, 1)[0] for block in blocks] == list(range(8))
+    context.free(blocks.pop())
+    context.allocate(MB)
+    fixture.manager.check_invariants()
+
+
+def test_the_error_names_who_what_and_how_much(fixture: Fixture) -> None:
+    first = fixture.create("first", 8 * MB, 8 * MB)
+    second = fixture.create("second", 64 * MB)
+    block = first.allocate(3 * MB)
+    second.allocate(50 * MB)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        second.allocate(12 * MB)
+    text = str(caught.value)
+    assert "context 'second' is out of memory: tried to allocate 12.00 MiB" in text
+    assert "50.00 MiB of its budget of 64.00 MiB in use" in text
+    assert "capacity 64.00 MiB" in text
+    assert "first 3.00 MiB (guaranteed, base 8.00 MiB)" in text
+    first.free(block)
+
+
+def test_a_reservation_is_physical_and_cannot_be_taken(fixture: Fixture) -> None:
+    reserved = fixture.create("reserved", 32 * MB, 32 * MB)
+    greedy = fixture.create("greedy", 64 * MB)
+    assert fixture.manager.device_usage().pooled == 32 * MB
+    greedy.allocate(32 * MB)
+    with pytest.raises(torch.OutOfMemoryError):
+        greedy.allocate(PAGE)
+    created = fixture.device.count(Device.Call.create)
+    reserved.allocate(32 * MB)
+    assert fixture.device.count(Device.Call.create) == created
+    fixture.manager.check_invariants()
+
+
+def test_reservations_that_do_not_fit_are_refused_with_figures(fixture: Fixture) -> None:
+    fixture.create("a", 40 * MB, 40 * MB)
+    with pytest.raises(AdmissionError, match=r"'b'.*30\.00 MiB does not fit: 24\.00 MiB .* 64\.00"):
+        fixture.create("b", 30 * MB, 30 * MB)
+    with pytest.raises(AdmissionError):
+        fixture.create("b", 100 * MB, 100 * MB)
+    fixture.create("b", 24 * MB, 24 * MB)
+    fixture.manager.check_invariants()
+
+
+def test_cached_pages_go_to_whoever_needs_them(fixture: Fixture) -> None:
+    hoarder = fixture.create("hoarder", 64 * MB)
+    hoarder.free(hoarder.allocate(60 * MB))
+    assert fixture.resident(hoarder) == 60 * MB
+    needy = fixture.create("needy", 64 * MB)
+    needy.allocate(20 * MB)
+    assert fixture.resident(hoarder) == 44 * MB
+    fixture.create("guaranteed", 44 * MB, 44 * MB)
+    assert fixture.resident(hoarder) == 0
+    fixture.manager.check_invariants()
+
+
+def test_live_memory_of_others_is_left_alone(fixture: Fixture) -> None:
+    holder = fixture.create("holder", 64 * MB)
+    block = holder.allocate(60 * MB)
+    ctypes.memset(block, 7, 60 * MB)
+    other = fixture.create("other", 64 * MB)
+    with pytest.raises(torch.OutOfMemoryError):
+        other.allocate(10 * MB)
+    assert ctypes.string_at(block + 59 * MB, 2) == b"\7\7"
+
+
+def test_a_budget_that_is_fragmented_over_pages_is_used_again(fixture: Fixture) -> None:
+    """Every second page is free, and a block of all of them is asked for."""
+    context = fixture.create("a", 32 * MB)
+    blocks = [context.allocate(PAGE) for _ in range(16)]
+    for block in blocks[::2]:
+        context.free(block)
+    context.allocate(16 * MB)
+    assert fixture.resident(context) == 32 * MB
+    fixture.manager.check_invariants()
+
+
+def test_what_is_left_over_is_told_when_it_cannot_be_used(fixture: Fixture) -> None:
+    context = fixture.create("a", 8 * MB)
+    blocks = [context.allocate(MB) for _ in range(8)]
+    for block in blocks[::2]:
+        context.free(block)
+    with pytest.raises(torch.OutOfMemoryError, match=r"4\.00 MiB is fragmented over pages of 2"):
+        context.allocate(2 * MB)
+
+
+def test_usage_tells_what_could_be_had(fixture: Fixture) -> None:
+    a = fixture.create("a", 64 * MB, 16 * MB)
+    b = fixture.create("b", 64 * MB)
+    assert fixture.manager.device_usage().available == 48 * MB
+    assert fixture.manager.usage(a).available == 64 * MB
+    assert fixture.manager.usage(b).available == 48 * MB
+    block = b.allocate(40 * MB)
+    assert fixture.manager.usage(a).available == 24 * MB
+    b.free(block)
+    assert fixture.resident(b) == 40 * MB
+    assert fixture.manager.usage(a).available == 64 * MB
+    assert fixture.manager.device_usage().available == 48 * MB
+    fixture.create("c", 48 * MB, 48 * MB)
+
+
+def test_a_destroyed_context_keeps_only_what_lives(fixture: Fixture) -> None:
+    context = fixture.create("a", 32 * MB, 32 * MB)
+    kept, freed = context.allocate(MB), context.allocate(20 * MB)
+    context.free(freed)
+    ctypes.memset(kept, 5, MB)
+    fixture.manager.destroy_context(context)
+    usage = fixture.manager.device_usage()
+    assert [(c.name, c.orphan, c.used, c.resident) for c in usage.contexts] == [
+        ("a", True, MB, PAGE)
+    ]
+    assert usage.available == 62 * MB
+    again = fixture.create("a", 62 * MB, 62 * MB)
+    again.allocate(60 * MB)
+    assert ctypes.string_at(kept, 1) == b"\5"
+    with pytest.raises(ContextDestroyedError):
+        context.allocate(1)
+    with pytest.raises(ContextDestroyedError):
+        fixture.manager.destroy_context(context)
+    fixture.manager.check_invariants()
+    context.free(kept)
+    assert len(fixture.manager.device_usage().contexts) == 1
+    with pytest.raises(ContextDestroyedError):
+        fixture.manager.usage(context)
+    fixture.manager.check_invariants()
+
+
+def test_an_orphan_outlives_every_reference_to_its_manager() -> None:
+    fixture = Fixture()
+    context = fixture.create("a", 8 * MB)
+    block = context.allocate(MB)
+    fixture.manager.destroy_context(context)
+    del fixture
+    ctypes.memset(block, 1, MB)
+    context.free(block)
+
+
+def test_open_sessions_keep_a_context_from_being_destroyed(fixture: Fixture) -> None:
+    context = fixture.create("a", 8 * MB)
+    session = native.Session(context)
+    session.enter()
+    with pytest.raises(ContextBusyError, match="1 open session"):
+        fixture.manager.destroy_context(context)
+    session.exit()
+    fixture.manager.destroy_context(context)
+    with pytest.raises(ContextDestroyedError):
+        session.enter()
+
+
+def test_resize(fixture: Fixture) -> None:
+    context = fixture.create("a", 16 * MB)
+    block = context.allocate(10 * MB)
+    with pytest.raises(ValueError, match=r"cannot be resized to 8\.00 MiB: .* 10\.00 MiB"):
+        fixture.manager.resize_context(context, 8 * MB, 0)
+    fixture.manager.resize_context(context, 10 * MB, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        context.allocate(MB)
+    fixture.manager.resize_context(context, 40 * MB, 40 * MB // 2)
+    assert fixture.manager.device_usage().pooled == 10 * MB
+    context.allocate(30 * MB)
+    with pytest.raises(AdmissionError):
+        fixture.manager.resize_context(fixture.create("b", 60 * MB), 60 * MB, 30 * MB)
+    context.free(block)
+    fixture.manager.resize_context(context, 30 * MB, 0)
+    assert fixture.resident(context) == 30 * MB
+    fixture.manager.check_invariants()
+
+
+def test_resizing_a_reservation_takes_what_others_only_cache(fixture: Fixture) -> None:
+    hoarder = fixture.create("hoarder", 64 * MB)
+    hoarder.free(hoarder.allocate(64 * MB))
+    context = fixture.create("a", 8 * MB)
+    fixture.manager.resize_context(context, 40 * MB, 40 * MB)
+    assert fixture.resident(hoarder) == 24 * MB
+    fixture.manager.check_invariants()
+
+
+@pytest.mark.parametrize("small_first", [True, False])
+def test_contexts_of_different_page_sizes_share_the_device(small_first: bool) -> None:
+    """What one context gave up must serve another whose pages are larger, or smaller."""
+    fixture = Fixture(2048 * MB)
+    small, large = fixture.create("small", 100 * MB), fixture.create("large", 2048 * MB)
+    assert (small.page_bytes, large.page_bytes) == (2 * MB, 32 * MB)
+    first, second = (small, large) if small_first else (large, small)
+    for context, size in ((first, 96 * MB), (second, 96 * MB)) * 3:
+        context.free(context.allocate(size))
+    rest = large.allocate(2048 * MB - 96 * MB)
+    fixture.manager.check_invariants()
+    blocks = [small.allocate(2 * MB) for _ in range(48)]
+    with pytest.raises(torch.OutOfMemoryError):
+        large.allocate(32 * MB)
+    for block in blocks:
+        small.free(block)
+    large.free(rest)
+    large.allocate(2048 * MB)
+    fixture.manager.check_invariants()
+
+
+@pytest.mark.parametrize(
+    ("budget", "base", "tier", "text"),
+    [
+        (MB, 0, Tier.burstable, "less than one page of 2.00 MiB"),
+        (8 * MB, 16 * MB, Tier.burstable, "base_vram of 16.00 MiB is above max_vram"),
+        (8 * MB, 4 * MB, Tier.guaranteed, "reserves all of its max_vram"),
+        (8 * MB, 4 * MB, Tier.best_effort, "must be 0"),
+        (65 * MB, 0, Tier.burstable, "exceeds the device's capacity of 64.00 MiB"),
+    ],
+)
+def test_sizes_that_make_no_sense(
+    fixture: Fixture, budget: int, base: int, tier: Tier, text: str
+) -> None:
+    with pytest.raises(ValueError, match=text):
+        fixture.create("a", budget, base, tier)
+    good = fixture.create("a", 8 * MB)
+    with pytest.raises(ValueError, match="exists already"):
+        fixture.create("a", 8 * MB)
+    with pytest.raises(ValueError, match="needs a name"):
+        fixture.create("", 8 * MB)
+    assert fixture.manager.device_usage().available == 64 * MB
+    fixture.manager.destroy_context(good)
+
+
+def test_freeing_what_is_not_live_is_refused(fixture: Fixture) -> None:
+    context = fixture.create("a", 8 * MB)
+    block = context.allocate(MB)
+    for wrong in (block + 512, block + 1, block - MB, 0, 12345):
+        with pytest.raises(ValueError, match="no live block"):
+            context.free(wrong)
+    context.free(block)
+    with pytest.raises(ValueError, match="no live block"):
+        context.free(block)
+    fixture.manager.check_invariants()
+
+
+# Failures ------------------------------------------------------------------------------------
+
+
+def everything(fixture: Fixture) -> None:
+    """A program that makes every kind of device call; raises what the device raises."""
+    reserved = fixture.create("reserved", 16 * MB, 16 * MB)
+    other = fixture.create("other", 64 * MB)
+    try:
+        big = other.allocate(40 * MB)
+        small = reserved.allocate(5 * MB)
+        other.free(big)
+        fixture.create("third", 30 * MB, 30 * MB)
+        other.allocate(9 * MB)
+        reserved.free(small)
+    finally:
+        fixture.manager.check_invariants()
+
+
+@pytest.mark.parametrize("n", range(1, 80))
+def test_any_device_call_may_fail(n: int) -> None:
+    """The n-th call fails, whichever it is: the books stay right and everything works after."""
+    fixture = Fixture()
+    fixture.device.inject_fault(n)
+    contexts = []
+    calls_before = fixture.device.count(Device.Call.any)
+    try:
+        everything(fixture)
+    except (torch.OutOfMemoryError, AdmissionError, DeviceError) as error:
+        assert "injected fault" in str(error)
+    assert calls_before < n or fixture.device.count(Device.Call.any) >= n
+    fixture.manager.check_invariants()
+    fixture.device.inject_fault(0)
+
+    # Nothing is lost: all of the device can be used, and given back.
+    for usage in fixture.manager.device_usage().contexts:
+        assert usage.resident >= usage.used
+    contexts.append(fixture.create("after", 2 * MB))
+    block = contexts[0].allocate(2 * MB)
+    ctypes.memset(block, 1, 2 * MB)
+    contexts[0].free(block)
+    fixture.manager.check_invariants()
+
+
+def test_the_failure_program_reaches_every_call_that_is_tried() -> None:
+    """Guards the test above: its range must cover the whole program."""
+    fixture = Fixture()
+    everything(fixture)
+    assert 40 < fixture.device.count(Device.Call.any) < 80
+
+
+@pytest.mark.parametrize("call", ["map", "create"])
+def test_a_failed_growth_says_what_the_device_said_and_keeps_its_progress(call: str) -> None:
+    fixture = Fixture()
+    context = fixture.create("a", 16 * MB)
+    fixture.device.inject_fault(3, Device.Call.__members__[call])
+    with pytest.raises(torch.OutOfMemoryError, match=f"The device said: host: {call} of 2"):
+        context.allocate(8 * MB)
+    assert fixture.resident(context) == 4 * MB
+    fixture.manager.check_invariants()
+    block = context.allocate(8 * MB)
+    ctypes.memset(block, 1, 8 * MB)
+    context.free(block)
+
+
+@pytest.mark.parametrize("call", ["create", "reserve", "create_stream"])
+def test_a_context_that_cannot_be_created_is_named_and_leaves_nothing(call: str) -> None:
+    fixture = Fixture()
+    fixture.device.inject_fault(1, Device.Call.__members__[call])
+    with pytest.raises(DeviceError, match=f"context 'a': host: {call}.* failed: injected fault"):
+        fixture.create("a", 16 * MB, 16 * MB)
+    assert fixture.manager.device_usage().available == 64 * MB
+    fixture.manager.check_invariants()
+    fixture.create("a", 64 * MB, 64 * MB)
+
+
+@pytest.mark.parametrize("call", ["unmap", "release", "unreserve", "destroy_stream"])
+def test_a_failure_while_destroying_is_made_up_for_later(call: str) -> None:
+    fixture = Fixture()
+    context = fixture.create("a", 16 * MB, 16 * MB)
+    context.free(context.allocate(16 * MB))
+    fixture.device.inject_fault(2 if call == "unmap" else 1, Device.Call.__members__[call])
+    fixture.manager.destroy_context(context)
+    fixture.manager.check_invariants()
+    again = fixture.create("a", 64 * MB, 64 * MB)
+    fixture.manager.check_invariants()
+    again.allocate(64 * MB)
+    assert len(fixture.manager.device_usage().contexts) == 1
+
+
+# Slack and threads ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [64 * MB, 256 * MB, 2048 * MB])
+@pytest.mark.parametrize("seed", range(5))
+def test_nearly_all_of_a_budget_can_be_used(budget: int, seed: int) -> None:
+    """Random sizes up to a 64th of the budget: the first refusal comes at 97 % or later."""
+    fixture = Fixture(budget)
+    context = fixture.create("a", budget)
+    choice = random.Random(seed)
+    with pytest.raises(torch.OutOfMemoryError):
+        while True:
+            context.allocate(choice.randint(1, budget // 64))
+    usage = fixture.manager.usage(context)
+    assert usage.used >= 0.97 * budget
+    assert usage.resident <= budget
+    fixture.manager.check_invariants()
+
+
+@pytest.mark.parametrize("budget", [64 * MB, 256 * MB, 2048 * MB])
+def test_nearly_all_of_a_budget_can_be_used_after_churn(budget: int) -> None:
+    """The same after half of the blocks were freed at random and the rest filled up again."""
+    fixture = Fixture(budget)
+    context = fixture.create("a", budget)
+    choice = random.Random(3)
+    sizes = [2**k for k in range(9, (budget // 64).bit_length())]
+    blocks: list[int] = []
+    for _ in range(4):
+        with pytest.raises(torch.OutOfMemoryError):
+            while True:
+                blocks.append(context.allocate(choice.choice(sizes)))
+        choice.shuffle(blocks)
+        half = len(blocks) // 2
+        for block in blocks[half:]:
+            context.free(block)
+        del blocks[half:]
+    fixture.manager.check_invariants()
+
+
+def test_threads_allocate_in_shared_and_own_contexts() -> None:
+    fixture = Fixture(256 * MB)
+    shared = fixture.create("shared", 128 * MB)
+    failures: list[BaseException] = []
+
+    def work(index: int) -> None:
+        try:
+            own = fixture.create(f"own-{index}", 32 * MB)
+            choice = random.Random(index)
+            live: list[tuple[native.Context, int, int]] = []
+            for step in range(3000):
+                if live and choice.random() < 0.5:
+                    context, block, size = live.pop(choice.randrange(len(live)))
+                    marks = ctypes.string_at(block, 1), ctypes.string_at(block + size - 1, 1)
+                    assert marks == (bytes([index]),) * 2, "memory was handed out twice"
+                    context.free(block)
+                    continue
+                context = choice.choice((own, shared))
+                size = choice.choice((100, 5000, 300_000, 2_000_000))
+                try:
+                    block = context.allocate(size)
+                except torch.OutOfMemoryError:
+                    continue
+                ctypes.memset(block, index, 1)
+                ctypes.memset(block + size - 1, index, 1)
+                live.append((context, block, size))
+                if step % 500 == 0:
+                    fixture.manager.check_invariants()
+            for context, block, _ in live:
+                context.free(block)
+            fixture.manager.destroy_context(own)
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert fixture.manager.usage(shared).used == 0
+    fixture.manager.check_invariants()
