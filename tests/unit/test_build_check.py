@@ -1,0 +1,26 @@
+"""The native module is loaded only by the torch minor that it was built against."""
+
+import re
+
+import pytest
+
+from pygpukit_torch import _build_check
+
+
+@pytest.mark.parametrize(
+    ("built", "running"), [("2.13.0", "2.13.0"), ("2.13.0+cpu", "2.13.1+cu130")]
+)
+def test_patch_releases_and_flavours_fit(built: str, running: str) -> None:
+    _build_check.check(built, running)
+
+
+@pytest.mark.parametrize(("built", "running"), [("2.13.0", "2.14.1"), ("2.1.0", "2.10.0")])
+def test_another_minor_is_refused_with_the_command_that_mends_it(built: str, running: str) -> None:
+    text = f"built against torch {built}, but torch {running} is installed"
+    with pytest.raises(ImportError, match=re.escape(text)) as caught:
+        _build_check.check(built, running)
+    assert "pip install --no-build-isolation --force-reinstall" in str(caught.value)
+
+
+def test_this_build_names_its_torch() -> None:
+    _build_check.check_this_build()
