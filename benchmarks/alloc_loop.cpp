@@ -20,8 +20,7 @@ double time_pairs(c10::Allocator* allocator, std::size_t bytes, std::size_t pair
     if (++slot == live) slot = 0;
   }
   const auto end = std::chrono::steady_clock::now();
-  return std::chrono::duration<double, std::nano>(end - start).count() /
-         static_cast<double>(pairs);
+  return std::chrono::duration<double, std::nano>(end - start).count() / static_cast<double>(pairs);
 }
 
 }  // namespace

@@ -58,7 +58,9 @@ class ContextStream(torch.cpu.Stream):
     def _record(self) -> tuple[native.Device, int]:
         return self._device, self._device.record(self.id)
 
-    def record_event(self, event: ContextEvent | None = None) -> ContextEvent:
+    def record_event(  # type: ignore[override]  # torch's placeholder returns None
+        self, event: ContextEvent | None = None
+    ) -> ContextEvent:
         """Mark the present end of the stream by a new event, or by ``event``."""
         if event is None:
             return ContextEvent(*self._record())

@@ -177,8 +177,9 @@ void Arena::add_pages(PageRun pages) {
   const std::uint32_t start = pages.first * page_granules_;
   const std::uint32_t count = pages.count * page_granules_;
   auto hole = holes_.upper_bound(start);
-  const bool inside = hole != holes_.begin() && pages.count > 0 &&
-                      start + count <= std::prev(hole)->first + blocks_[std::prev(hole)->second].count;
+  const bool inside =
+      hole != holes_.begin() && pages.count > 0 &&
+      start + count <= std::prev(hole)->first + blocks_[std::prev(hole)->second].count;
   if (!inside) {
     throw Error(ErrorCode::invalid_value, "pages to add do not lie in one hole");
   }
@@ -220,7 +221,8 @@ std::vector<Arena::FreeRun> Arena::free_runs(std::optional<PageRun> beside) {
 void Arena::remove_pages(const FreeRun& run) {
   const std::uint32_t start = run.pages.first * page_granules_;
   const std::uint32_t count = run.pages.count * page_granules_;
-  Index index = page_of(run.block) < page_count_ && has_table(run.block) ? start_entry(run.block) : 0;
+  Index index =
+      page_of(run.block) < page_count_ && has_table(run.block) ? start_entry(run.block) : 0;
   const Block& block = blocks_[index];
   if (count == 0 || block.state != State::free || start < block.start ||
       start + count > block.start + block.count) {

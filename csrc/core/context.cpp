@@ -29,7 +29,8 @@ void* Context::allocate(std::size_t bytes) {
   const std::size_t granules = bytes / kGranule + (bytes % kGranule != 0);
   if (granules < Arena::kNone) [[likely]] {
     const std::lock_guard lock(mutex_);
-    if (state_ != State::open) [[unlikely]] require_open();
+    if (state_ != State::open) [[unlikely]]
+      require_open();
     const std::uint32_t start = arena_.allocate(static_cast<std::uint32_t>(granules));
     if (start != Arena::kNone) [[likely]] {
       ++counters_.allocations;
@@ -48,15 +49,16 @@ void Context::free(void* pointer) {
     const std::lock_guard lock(mutex_);
     if (state_ == State::forked) return;
     const Address offset = reinterpret_cast<Address>(pointer) - address_;
-    const std::uint32_t start =
-        offset % kGranule == 0 && offset / kGranule < Arena::kNone
-            ? static_cast<std::uint32_t>(offset / kGranule)
-            : Arena::kNone;
+    const std::uint32_t start = offset % kGranule == 0 && offset / kGranule < Arena::kNone
+                                    ? static_cast<std::uint32_t>(offset / kGranule)
+                                    : Arena::kNone;
     arena_.release(start);
     ++counters_.frees;
-    if (state_ == State::orphan) [[unlikely]] manager = manager_of_orphan_;
+    if (state_ == State::orphan) [[unlikely]]
+      manager = manager_of_orphan_;
   }
-  if (manager) [[unlikely]] manager->collect_orphan(id);
+  if (manager) [[unlikely]]
+    manager->collect_orphan(id);
 }
 
 std::size_t Context::block_bytes(const void* pointer) const {

@@ -85,7 +85,7 @@ class Context : public std::enable_shared_from_this<Context> {
   ContextSpec spec_;
   Ledger::Id account_;
   StreamId stream_;
-  std::uint32_t sessions_ = 0;  // with mutex_
+  std::uint32_t sessions_ = 0;               // with mutex_
   std::map<std::uint32_t, Handle> handles_;  // of the resident pages
   std::weak_ptr<Manager> manager_;
   // Set while an orphan: its last free needs the manager.

@@ -44,7 +44,9 @@ void HandlePool::reserve(std::size_t bytes, std::size_t count) {
   shelf.reserved += count;
 }
 
-void HandlePool::unreserve(std::size_t bytes, std::size_t count) { shelves_[bytes].reserved -= count; }
+void HandlePool::unreserve(std::size_t bytes, std::size_t count) {
+  shelves_[bytes].reserved -= count;
+}
 
 void HandlePool::trim() {
   for (auto& [size, shelf] : shelves_) {

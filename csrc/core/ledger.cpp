@@ -10,16 +10,16 @@ namespace pgk {
 namespace {
 
 [[noreturn]] void refuse_base(std::size_t base, std::size_t uncommitted, std::size_t capacity) {
-  throw Error(ErrorCode::admission, "a reservation of " + format_bytes(base) + " does not fit: " +
-                                        format_bytes(uncommitted) + " of the device's " +
-                                        format_bytes(capacity) +
+  throw Error(ErrorCode::admission, "a reservation of " + format_bytes(base) +
+                                        " does not fit: " + format_bytes(uncommitted) +
+                                        " of the device's " + format_bytes(capacity) +
                                         " are neither reserved nor in use");
 }
 
 void check_limits(std::size_t max, std::size_t base) {
   if (base > max) {
-    throw Error(ErrorCode::invalid_value, "base " + format_bytes(base) + " is above max " +
-                                              format_bytes(max));
+    throw Error(ErrorCode::invalid_value,
+                "base " + format_bytes(base) + " is above max " + format_bytes(max));
   }
 }
 
@@ -33,7 +33,9 @@ Ledger::Account& Ledger::find(Id id) {
   return it->second;
 }
 
-const Ledger::Account& Ledger::account(Id id) const { return const_cast<Ledger*>(this)->find(id); }
+const Ledger::Account& Ledger::account(Id id) const {
+  return const_cast<Ledger*>(this)->find(id);
+}
 
 void Ledger::replace(Account& account, const Account& changed) {
   committed_ = committed_ - account.committed() + changed.committed();
@@ -52,8 +54,8 @@ Ledger::Id Ledger::open(std::size_t max, std::size_t base) {
 void Ledger::close(Id id) {
   Account& account = find(id);
   if (account.resident != 0) {
-    throw Error(ErrorCode::busy, "account " + std::to_string(id) + " still holds " +
-                                     format_bytes(account.resident));
+    throw Error(ErrorCode::busy,
+                "account " + std::to_string(id) + " still holds " + format_bytes(account.resident));
   }
   replace(account, Account{});
   accounts_.erase(id);

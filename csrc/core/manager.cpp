@@ -101,8 +101,7 @@ std::shared_ptr<Context> Manager::create_context(const ContextSpec& spec) {
   if (spec.name.empty()) throw Error(ErrorCode::invalid_value, "a context needs a name");
   for (const auto& context : contexts_) {
     if (context->name() == spec.name) {
-      throw Error(ErrorCode::invalid_value,
-                  "a context named '" + spec.name + "' exists already");
+      throw Error(ErrorCode::invalid_value, "a context named '" + spec.name + "' exists already");
     }
   }
   validate(spec);
@@ -110,8 +109,7 @@ std::shared_ptr<Context> Manager::create_context(const ContextSpec& spec) {
   collect_orphans();
 
   reclaim(spec.base, nullptr);
-  const auto account =
-      on_behalf_of(spec.name, [&] { return ledger_.open(spec.max, spec.base); });
+  const auto account = on_behalf_of(spec.name, [&] { return ledger_.open(spec.max, spec.base); });
   ScopeExit close_account([&] { ledger_.close(account); });
 
   const std::size_t page = page_bytes_for(spec.max);
@@ -129,8 +127,8 @@ std::shared_ptr<Context> Manager::create_context(const ContextSpec& spec) {
       std::make_shared<Context>(shared_from_this(), spec, account, page,
                                 static_cast<std::uint32_t>(range / page), address, stream);
   if (!AddressTable::set(address, range, context.get())) {
-    throw Error(ErrorCode::device, "context '" + spec.name +
-                                       "': the device reserved addresses beyond 47 bits");
+    throw Error(ErrorCode::device,
+                "context '" + spec.name + "': the device reserved addresses beyond 47 bits");
   }
   contexts_.push_back(context);
   destroy_stream.dismiss();
@@ -182,10 +180,10 @@ void Manager::resize_context(Context& context, std::size_t max, std::size_t base
   }
   const std::size_t held = context.arena_.resident_pages() * page;
   if (held > max) {
-    throw Error(ErrorCode::invalid_value,
-                "context '" + context.name() + "' cannot be resized to " + format_bytes(max) +
-                    ": its live tensors use " + format_bytes(context.arena_.used_bytes()) +
-                    " in pages of " + format_bytes(held));
+    throw Error(ErrorCode::invalid_value, "context '" + context.name() + "' cannot be resized to " +
+                                              format_bytes(max) + ": its live tensors use " +
+                                              format_bytes(context.arena_.used_bytes()) +
+                                              " in pages of " + format_bytes(held));
   }
   const Ledger::Account before = ledger_.account(context.id());
   if (base > before.committed()) reclaim(base - before.committed(), &context);

@@ -41,8 +41,9 @@ std::size_t Manager::allowed_pages(const Context& context) const {
   return ledger_.room(context.id()) / context.page_bytes();
 }
 
-// Makes a request of `granules` succeed, or returns false. Free pages are given up in the order of what they cost: the context's own that
-// the new block cannot use, then those of others, then all of its own.
+// Makes a request of `granules` succeed, or returns false. Free pages are given up in the order of
+// what they cost: the context's own that the new block cannot use, then those of others, then all
+// of its own.
 bool Manager::grow(Context& context, std::uint32_t granules) {
   auto plan = context.arena_.plan_growth(granules);
   const auto missing = [&]() -> std::size_t {

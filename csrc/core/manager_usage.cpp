@@ -74,11 +74,10 @@ DeviceUsage Manager::device_usage() const {
 void Manager::refuse(Context& context, std::size_t bytes, const std::string& device_said) {
   const Usage own = usage(context);
   const DeviceUsage device = device_usage();
-  std::string text = "context '" + own.name + "' is out of memory: tried to allocate " +
-                     format_bytes(bytes) + " with " + format_bytes(own.used) +
-                     " of its budget of " + format_bytes(own.max) + " in use (" +
-                     format_bytes(own.resident) + " resident, peak " + format_bytes(own.peak) +
-                     ").";
+  std::string text =
+      "context '" + own.name + "' is out of memory: tried to allocate " + format_bytes(bytes) +
+      " with " + format_bytes(own.used) + " of its budget of " + format_bytes(own.max) +
+      " in use (" + format_bytes(own.resident) + " resident, peak " + format_bytes(own.peak) + ").";
   if (!device_said.empty()) text += " The device said: " + device_said + ".";
   text += " Device '" + device_->properties().name + "': capacity " +
           format_bytes(device.capacity) + ", resident " + format_bytes(device.resident) +
@@ -91,8 +90,8 @@ void Manager::refuse(Context& context, std::size_t bytes, const std::string& dev
   }
   text += ".";
   if (bytes <= own.available) {
-    text += " Free room of " + format_bytes(own.available) +
-            " is fragmented over pages of " + format_bytes(context.page_bytes()) + ".";
+    text += " Free room of " + format_bytes(own.available) + " is fragmented over pages of " +
+            format_bytes(context.page_bytes()) + ".";
   }
   throw Error(ErrorCode::out_of_memory, text);
 }

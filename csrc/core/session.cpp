@@ -62,8 +62,7 @@ struct ThreadEntries {
                                  [=](const Entry& entry) { return entry.session == session; });
     if (it == stack.rend()) return false;
     stack.erase(std::next(it).base());
-    current->store(stack.empty() ? nullptr : stack.back().context.get(),
-                   std::memory_order_relaxed);
+    current->store(stack.empty() ? nullptr : stack.back().context.get(), std::memory_order_relaxed);
     return true;
   }
 };
@@ -111,9 +110,13 @@ void Session::exit() {
                              : "not entered it, and no other has"));
 }
 
-void lock_sessions() { registry().mutex.lock(); }
+void lock_sessions() {
+  registry().mutex.lock();
+}
 
-void unlock_sessions() { registry().mutex.unlock(); }
+void unlock_sessions() {
+  registry().mutex.unlock();
+}
 
 void forget_sessions_in_child() {
   ++registry().forks;

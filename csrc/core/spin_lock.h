@@ -12,7 +12,8 @@ namespace pgk {
 class SpinLock {
  public:
   void lock() {
-    if (!taken_.exchange(true, std::memory_order_acquire)) [[likely]] return;
+    if (!taken_.exchange(true, std::memory_order_acquire)) [[likely]]
+      return;
     wait_and_lock();
   }
   void unlock() { taken_.store(false, std::memory_order_release); }

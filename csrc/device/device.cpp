@@ -8,9 +8,9 @@
 namespace pgk {
 
 const char* Device::name_of(Call call) {
-  static constexpr std::array names{"any",    "create",        "release",        "reserve", "unreserve",
-                                    "map",    "unmap",         "create_stream",  "destroy_stream",
-                                    "copy",   "record",        "wait",           "synchronize"};
+  static constexpr std::array names{
+      "any",           "create",         "release", "reserve", "unreserve", "map",        "unmap",
+      "create_stream", "destroy_stream", "copy",    "record",  "wait",      "synchronize"};
   static_assert(names.size() == kCalls);
   return names[static_cast<std::size_t>(call)];
 }
@@ -32,10 +32,10 @@ void Device::begin(Call call, std::size_t bytes) {
 
 void Device::require_multiple(Call call, std::size_t value) const {
   if (value == 0 || value % properties_.granularity != 0) {
-    throw Error(ErrorCode::invalid_value,
-                properties_.name + ": " + name_of(call) + ": " + std::to_string(value) +
-                    " is not a positive multiple of the granularity of " +
-                    format_bytes(properties_.granularity));
+    throw Error(ErrorCode::invalid_value, properties_.name + ": " + name_of(call) + ": " +
+                                              std::to_string(value) +
+                                              " is not a positive multiple of the granularity of " +
+                                              format_bytes(properties_.granularity));
   }
 }
 

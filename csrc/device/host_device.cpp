@@ -20,7 +20,9 @@ namespace {
                                      " failed: " + std::strerror(error));
 }
 
-void* pointer(Address address) { return reinterpret_cast<void*>(address); }
+void* pointer(Address address) {
+  return reinterpret_cast<void*>(address);
+}
 
 // Replaces whatever is at `address` by addresses that fault.
 bool make_inaccessible(Address address, std::size_t bytes) {
@@ -43,10 +45,12 @@ HostDevice::HostDevice(std::size_t capacity) {
   if (file_ < 0) fail("memfd_create", properties_.capacity, errno);
 }
 
-HostDevice::~HostDevice() { ::close(file_); }
+HostDevice::~HostDevice() {
+  ::close(file_);
+}
 
 std::size_t HostDevice::committed_bytes() const {
-  struct stat status {};
+  struct stat status{};
   if (::fstat(file_, &status) != 0) fail("fstat", 0, errno);
   return static_cast<std::size_t>(status.st_blocks) * 512;
 }
@@ -74,8 +78,8 @@ Handle HostDevice::do_create(std::size_t bytes) {
 
 void HostDevice::do_release(Handle handle) {
   const std::lock_guard lock(mutex_);
-  if (::fallocate(file_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                  static_cast<off_t>(handle.id), static_cast<off_t>(handle.bytes)) != 0) {
+  if (::fallocate(file_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(handle.id),
+                  static_cast<off_t>(handle.bytes)) != 0) {
     fail("release", handle.bytes, errno);
   }
   unused_offsets_[handle.bytes].push_back(handle.id);
@@ -84,7 +88,8 @@ void HostDevice::do_release(Handle handle) {
 
 Address HostDevice::do_reserve(std::size_t bytes, std::size_t alignment) {
   const std::size_t padded = bytes + alignment;
-  void* start = ::mmap(nullptr, padded, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* start =
+      ::mmap(nullptr, padded, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (start == MAP_FAILED) fail("reserve", bytes, errno);
   const Address from = reinterpret_cast<Address>(start);
   const Address aligned = round_up(from, alignment);

@@ -43,9 +43,13 @@ void HostTimeline::copy(Address destination, Address source, std::size_t bytes, 
   submit(stream, {.destination = destination, .source = source, .bytes = bytes});
 }
 
-EventId HostTimeline::record(StreamId stream) { return submit(stream, {}); }
+EventId HostTimeline::record(StreamId stream) {
+  return submit(stream, {});
+}
 
-void HostTimeline::wait(StreamId stream, EventId event) { submit(stream, {.after = event}); }
+void HostTimeline::wait(StreamId stream, EventId event) {
+  submit(stream, {.after = event});
+}
 
 bool HostTimeline::done(EventId event) const {
   return std::none_of(streams_.begin(), streams_.end(), [event](const auto& entry) {

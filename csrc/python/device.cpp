@@ -51,7 +51,9 @@ void bind_device(py::module_& module) {
       .def(py::init<std::size_t>(), py::arg("capacity"))
       .def("hold", &HostDevice::hold, py::arg("stream"))
       .def("let_go", &HostDevice::let_go, py::arg("stream"), Unlocked())
-      .def_property_readonly("committed_bytes", &HostDevice::committed_bytes);
+      .def_property_readonly("committed_bytes", &HostDevice::committed_bytes)
+      .def_property_readonly_static("GRANULARITY",
+                                    [](const py::object&) { return HostDevice::kGranularity; });
 }
 
 }  // namespace pgk::python

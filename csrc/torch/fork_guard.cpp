@@ -56,9 +56,8 @@ void after_fork_in_child() {
 
 void guard_forks(const std::shared_ptr<Manager>& manager) {
   static std::once_flag once;
-  std::call_once(once, [] {
-    ::pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
-  });
+  std::call_once(once,
+                 [] { ::pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child); });
   const std::lock_guard lock(guard().mutex);
   std::erase_if(guard().managers, [](const auto& known) { return known.expired(); });
   guard().managers.push_back(manager);

@@ -3,11 +3,11 @@
 import contextlib
 
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-import torch
 from pygpukit_torch import AdmissionError, ContextBusyError, native
 
 CAPACITY = 100

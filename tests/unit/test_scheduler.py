@@ -177,7 +177,7 @@ def test_the_process_ends_cleanly_with_everything_open() -> None:
     assert (result.returncode, result.stdout, result.stderr) == (0, "10.0\n", "")
 
 
-# Wrong calls: one clear error each, and nothing has changed ----------------------------------------
+# Wrong calls: one clear error each, and nothing has changed -----------------------------------
 
 
 def _destroyed() -> pgk.ExecutionContext:

@@ -53,9 +53,7 @@ def test_an_exception_leaves_the_session(a: pgk.ExecutionContext) -> None:
     assert a.state == "idle"
 
 
-def test_sessions_may_end_out_of_order(
-    a: pgk.ExecutionContext, b: pgk.ExecutionContext
-) -> None:
+def test_sessions_may_end_out_of_order(a: pgk.ExecutionContext, b: pgk.ExecutionContext) -> None:
     def steps(context: pgk.ExecutionContext) -> Iterator[None]:
         with pgk.context_session(context):
             yield

@@ -1,0 +1,7 @@
+"""``python -m pygpukit_torch``."""
+
+import sys
+
+from pygpukit_torch.cli import main
+
+sys.exit(main())
