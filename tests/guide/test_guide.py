@@ -1,0 +1,119 @@
+"""Runs the snippets of docs/guide.md as they stand there."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pygpukit_torch as pgk
+from pygpukit_torch import GB, MB
+
+GUIDE = (Path(__file__).parents[2] / "docs/guide.md").read_text()
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    """Every snippet starts without a device, as in a new process."""
+    pgk.shutdown()
+    yield
+    for context in pgk.list_contexts():
+        context.destroy()
+    pgk.shutdown()
+
+
+def snippet(chapter: str) -> str:
+    """The one code block of a chapter."""
+    text = re.search(rf"^## {re.escape(chapter)}\n(.*?)(?=^## |\Z)", GUIDE, re.DOTALL | re.MULTILINE)
+    assert text, f"the guide has no chapter {chapter!r}"
+    (code,) = re.findall(r"^```python\n(.*?)^```", text[1], re.DOTALL | re.MULTILINE)
+    return str(code)
+
+
+def run(chapter: str, **names: Any) -> dict[str, Any]:
+    """Execute a chapter's snippet with ``names`` defined; returns what it defined."""
+    exec(compile(snippet(chapter), f"guide: {chapter}", "exec"), names)
+    return names
+
+
+def test_creating_contexts() -> None:
+    names = run("Creating Contexts")
+    assert [(c.name, c.max_vram) for c in pgk.list_contexts()] == [
+        ("llm", 4 * GB),
+        ("tts", 2 * GB),
+        ("vision", GB),
+    ]
+    assert names["llm_ctx"] is pgk.get_context("llm")
+
+
+def test_running_with_context_sessions() -> None:
+    llm = pgk.create_context("llm", 4 * GB)
+    tts = pgk.create_context("tts", 2 * GB)
+    model = torch.nn.Linear(256, 256).requires_grad_(False)
+    charged: dict[str, Any] = {}
+
+    def run_llm_inference(prompt: str) -> torch.Tensor:
+        charged[prompt] = pgk.current_context()
+        return model(torch.ones(64, 256))
+
+    def run_tts(text: str) -> torch.Tensor:
+        charged[text] = pgk.current_context()
+        return torch.zeros(16000)
+
+    names = run(
+        "Running with Context Sessions",
+        llm_ctx=llm,
+        tts_ctx=tts,
+        prompt="p",
+        text="t",
+        run_llm_inference=run_llm_inference,
+        run_tts=run_tts,
+    )
+    assert charged == {"p": llm, "t": tts}
+    assert torch.equal(names["result"], model(torch.ones(64, 256)))
+    assert llm.usage().used == 64 * 256 * 4
+    assert tts.usage().used == 64_000
+    assert pgk.current_context() is None
+
+
+def test_vram_budgeting(capsys: pytest.CaptureFixture[str]) -> None:
+    names = run("VRAM Budgeting")
+    assert names["available"] == 8 * GB
+    assert capsys.readouterr().out == "Available VRAM: 8.0 GB\nUsed: 0.0 GB\nMax: 4.0 GB\n"
+    with pgk.context_session(names["ctx"]):
+        tensor = torch.empty(512 * MB, dtype=torch.uint8)
+    assert pgk.get_context_usage(names["ctx"]).used == tensor.nbytes
+
+
+def test_explicit_stream_control(capsys: pytest.CaptureFixture[str]) -> None:
+    names = run("Explicit Stream Control")
+    assert names["stream"] is names["ctx"].stream
+    assert capsys.readouterr().out == f"Stream ID: {names['stream'].id}\n"
+
+
+def test_stream_events() -> None:
+    consumed: list[float] = []
+
+    def produce_data() -> torch.Tensor:
+        return torch.full((1000,), 3.0)
+
+    def consume_data(data: torch.Tensor) -> None:
+        context = pgk.current_context()
+        assert context is not None
+        assert context.name == "consumer"
+        consumed.append(float(data.sum()))
+
+    names = run("Stream Events", produce_data=produce_data, consume_data=consume_data)
+    assert consumed == [3000.0]
+    assert names["event"].query()
+    assert names["ctx1"].usage().used == 4096
+
+
+def test_every_snippet_of_the_guide_is_tested() -> None:
+    chapters = re.findall(r"^## (.*)\n(?:(?!^## ).*\n)*?```python", GUIDE, re.MULTILINE)
+    tests = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    assert chapters
+    for chapter in chapters:
+        assert chapter.lower().replace(" ", "_") in tests

@@ -1,0 +1,105 @@
+// Many threads on one small device, for the sanitizers: allocations in shared and own contexts,
+// reclaim between them, contexts that come and go with live blocks, sessions, statistics.
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "core/address_table.h"
+#include "core/manager.h"
+#include "core/session.h"
+#include "device/host_device.h"
+
+namespace {
+
+using namespace pgk;
+
+constexpr int kThreads = 4;
+constexpr int kSteps = 4000;
+
+struct Block {
+  void* address;
+  std::size_t bytes;
+  unsigned char mark;
+
+  void write() const {
+    std::memset(address, mark, 1);
+    std::memset(static_cast<char*>(address) + bytes - 1, mark, 1);
+  }
+  bool intact() const {
+    const auto* data = static_cast<const unsigned char*>(address);
+    return data[0] == mark && data[bytes - 1] == mark;
+  }
+};
+
+std::atomic<int> refusals{0};
+
+void fail(const char* text) {
+  std::fprintf(stderr, "%s\n", text);
+  std::abort();
+}
+
+void work(Manager& manager, const std::shared_ptr<Context>& shared, int index) {
+  std::mt19937 random(static_cast<unsigned>(index));
+  const auto below = [&](std::size_t n) { return std::uniform_int_distribution<std::size_t>(0, n - 1)(random); };
+  std::vector<Block> blocks;
+  auto own = manager.create_context({"own-" + std::to_string(index), 16 * MiB, 0});
+  for (int step = 0; step < kSteps; ++step) {
+    const std::size_t what = below(100);
+    if (what < 45 && !blocks.empty()) {
+      std::swap(blocks[below(blocks.size())], blocks.back());
+      if (!blocks.back().intact()) fail("memory was handed out twice");
+      Context* owner = AddressTable::owner_of(blocks.back().address);
+      if (owner == nullptr) fail("a live block has no owner");
+      owner->free(blocks.back().address);
+      blocks.pop_back();
+    } else if (what < 97) {
+      Session session(below(2) == 0 ? own : shared);
+      session.enter();
+      const std::size_t bytes = 1 + below(below(10) == 0 ? 3 * MiB : 20 * KiB);
+      try {
+        const Block block{current_context()->allocate(bytes), bytes,
+                          static_cast<unsigned char>(index + 1)};
+        block.write();
+        blocks.push_back(block);
+      } catch (const Error& error) {
+        if (error.code() != ErrorCode::out_of_memory) throw;
+        ++refusals;
+      }
+      session.exit();
+    } else if (what < 98) {
+      // With its live blocks; they are freed later, by address.
+      manager.destroy_context(*own);
+      own = manager.create_context(
+          {"own-" + std::to_string(index) + "-" + std::to_string(step), 16 * MiB, 0});
+    } else if (what < 99) {
+      manager.resize_context(*own, 16 * MiB, 0);
+    } else {
+      manager.device_usage();
+      manager.check_invariants();
+    }
+  }
+  for (const Block& block : blocks) AddressTable::owner_of(block.address)->free(block.address);
+  manager.destroy_context(*own);
+}
+
+}  // namespace
+
+int main() {
+  auto manager = Manager::make(std::make_shared<HostDevice>(48 * MiB));
+  auto shared = manager->create_context({"shared", 24 * MiB, 0});
+  std::vector<std::thread> threads;
+  for (int index = 0; index < kThreads; ++index) {
+    threads.emplace_back([&, index] { work(*manager, shared, index); });
+  }
+  for (auto& thread : threads) thread.join();
+  manager->check_invariants();
+  if (shared->used_bytes() != 0) fail("blocks were lost");
+  if (manager->device_usage().contexts.size() != 1) fail("an orphan was not collected");
+  if (refusals == 0) fail("the device was never full: the test tests too little");
+  std::printf("done, %d refusals\n", refusals.load());
+}

@@ -1,0 +1,26 @@
+"""Builds the core with the compiler's sanitizers and runs a multi-threaded stress program."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "csrc/core").glob("*.cpp")) + sorted((ROOT / "csrc/device").glob("*.cpp"))
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_stress(sanitizer: str, tmp_path: Path) -> None:
+    # One translation unit: the headers are what takes the compiler's time.
+    unit = tmp_path / "all.cpp"
+    everything = [*SOURCES, Path(__file__).with_name("stress.cpp")]
+    unit.write_text("".join(f'#include "{source}"\n' for source in everything))
+    program = tmp_path / "stress"
+    subprocess.run(
+        ["g++", "-std=c++20", "-O1", "-g1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+        + [f"-I{ROOT / 'csrc'}", str(unit), "-o", str(program), "-pthread"],
+        check=True,
+    )
+    result = subprocess.run([program], capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-5000:]
+    assert result.stdout.startswith("done")
