@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h)
+# Extensions that benchmarks build at run time look for ninja on the path.
+export PATH := $(abspath $(BIN)):$(PATH)
 # CPU threads beyond the cores only make the models slower.
 export OMP_NUM_THREADS ?= $(shell nproc)
 

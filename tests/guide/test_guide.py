@@ -26,7 +26,9 @@ def clean() -> Iterator[None]:
 
 def snippet(chapter: str) -> str:
     """The one code block of a chapter."""
-    text = re.search(rf"^## {re.escape(chapter)}\n(.*?)(?=^## |\Z)", GUIDE, re.DOTALL | re.MULTILINE)
+    text = re.search(
+        rf"^## {re.escape(chapter)}\n(.*?)(?=^## |\Z)", GUIDE, re.DOTALL | re.MULTILINE
+    )
     assert text, f"the guide has no chapter {chapter!r}"
     (code,) = re.findall(r"^```python\n(.*?)^```", text[1], re.DOTALL | re.MULTILINE)
     return str(code)

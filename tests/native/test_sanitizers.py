@@ -16,11 +16,9 @@ def test_stress(sanitizer: str, tmp_path: Path) -> None:
     everything = [*SOURCES, Path(__file__).with_name("stress.cpp")]
     unit.write_text("".join(f'#include "{source}"\n' for source in everything))
     program = tmp_path / "stress"
-    subprocess.run(
-        ["g++", "-std=c++20", "-O1", "-g1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
-        + [f"-I{ROOT / 'csrc'}", str(unit), "-o", str(program), "-pthread"],
-        check=True,
-    )
+    flags = ["-std=c++20", "-O1", "-g1", "-pthread", f"-I{ROOT / 'csrc'}"]
+    checks = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    subprocess.run(["g++", *flags, *checks, str(unit), "-o", str(program)], check=True)
     result = subprocess.run([program], capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr[-5000:]
     assert result.stdout.startswith("done")

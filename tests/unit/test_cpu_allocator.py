@@ -302,7 +302,7 @@ def test_place_moves_a_module_once(context: pgk.ExecutionContext) -> None:
     parameters = list(model.parameters())
     assert context.place(model) is model
     assert used(context) == 10_240 + 512
-    assert list(model.parameters())[0] is parameters[0]
+    assert next(model.parameters()) is parameters[0]
     assert model.second.weight is model.first.weight
     assert isinstance(model.first.weight, nn.Parameter)
     context.place(model)

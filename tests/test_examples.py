@@ -1,0 +1,46 @@
+"""The examples run, and do what the README says of them."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: str) -> str:
+    result = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_multi_model() -> None:
+    output = run("examples/multi_model.py")
+    assert re.search(r"language  What is the capital of France\? -> .*Paris", output)
+    heard = re.search(r"heard ([\d.]+) s to ([\d.]+) s, ([\d.]+) s to ([\d.]+) s", output)
+    assert heard
+    spans = [float(second) for second in heard.groups()]
+    for second, expected in zip(spans, (1.0, 2.4, 3.8, 4.9), strict=True):
+        assert abs(second - expected) < 0.3
+    accuracies = [float(text) for text in re.findall(r"([\d.]+)% of", output)]
+    assert len(accuracies) == 2
+    assert min(accuracies) > 90
+    used = dict(re.findall(r"^  (\w+) .*? M +([\d.]+) M", output, re.MULTILINE))
+    assert float(used["language"]) > 500, "the weights are not in their context"
+    assert float(used["speech"]) > 1
+    assert "torch.OutOfMemoryError: context 'vision' is out of memory" in output
+
+
+def test_info() -> None:
+    output = run("-m", "pygpukit_torch", "info")
+    assert re.search(r"^CPU tensors +available", output, re.MULTILINE)
+    assert re.search(r"^CUDA tensors +not available: .+", output, re.MULTILINE)
+    assert re.search(r"^built against +torch 2\.\d+", output, re.MULTILINE)
+
+
+def test_benchmarks(tmp_path: Path) -> None:
+    output = run("-m", "benchmarks", "alloc", "--quick", "--json", str(tmp_path / "alloc.json"))
+    assert "session" in output
+    assert (tmp_path / "alloc.json").stat().st_size > 1000
