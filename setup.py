@@ -18,7 +18,9 @@ class Build(BuildExtension):
         # Torch's C++ interface changes between minor versions; the package reads this before it
         # loads the module (see pygpukit_torch/_build_check.py).
         module = Path(self.get_ext_fullpath(f"{PACKAGE}.native"))
-        (module.parent / "_build.py").write_text(f'TORCH_VERSION = "{torch.__version__}"\n')
+        (module.parent / "_build.py").write_text(
+            f"TORCH_VERSION = {str(torch.__version__)!r}\nSOURCES = {str(Path.cwd())!r}\n"
+        )
 
 
 system_headers = [flag for path in include_paths() for flag in ("-isystem", path)]

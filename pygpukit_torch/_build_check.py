@@ -4,9 +4,17 @@ Torch's C++ interface differs between minor versions; a module built against ano
 crash or, worse, not crash. This runs before the module is touched.
 """
 
+from pathlib import Path
+
 import torch
 
-MEND = "pip install --no-build-isolation --force-reinstall --no-deps <the pygpukit_torch sources>"
+UNKNOWN = "PATH_TO_THE_SOURCES_OF_pygpukit_torch"
+
+
+def mend(sources: str) -> str:
+    """Return the command that builds the module again, from ``sources`` if they are still there."""
+    place = sources if (Path(sources) / "setup.py").exists() else UNKNOWN
+    return f"pip install --no-build-isolation --no-deps --force-reinstall {place}"
 
 
 def minor_version(version: str) -> str:
@@ -14,19 +22,20 @@ def minor_version(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def check(built_against: str, running: str) -> None:
+def check(built_against: str, running: str, sources: str) -> None:
     """Raise ImportError if the two versions of torch differ in their minor version."""
     if minor_version(running) != minor_version(built_against):
         raise ImportError(
             f"pygpukit_torch was built against torch {built_against}, but torch {running} is "
-            f"installed. Build it again: {MEND}"
+            f"installed. Build it again: {mend(sources)}"
         )
 
 
 def check_this_build() -> None:
     """Check the module of this installation. Raises ImportError."""
     try:
-        from pygpukit_torch._build import TORCH_VERSION
+        from pygpukit_torch._build import SOURCES, TORCH_VERSION
     except ModuleNotFoundError:
-        raise ImportError(f"pygpukit_torch has not been built. Build it: {MEND}") from None
-    check(TORCH_VERSION, torch.__version__)
+        here = str(Path(__file__).parents[1])
+        raise ImportError(f"pygpukit_torch has not been built. Build it: {mend(here)}") from None
+    check(TORCH_VERSION, torch.__version__, SOURCES)

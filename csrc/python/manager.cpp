@@ -106,8 +106,7 @@ void bind_manager(py::module_& module) {
             return self.create_context({std::move(name), max, base, tier});
           },
           py::arg("name"), py::arg("max"), py::arg("base") = 0,
-          py::arg_v("tier", Tier::burstable, "Tier.burstable"), py::keep_alive<0, 1>(),
-          Unlocked())
+          py::arg_v("tier", Tier::burstable, "Tier.burstable"), py::keep_alive<0, 1>(), Unlocked())
       .def("destroy_context", &Manager::destroy_context, py::arg("context"), Unlocked())
       .def("resize_context", &Manager::resize_context, py::arg("context"), py::arg("max"),
            py::arg("base"), Unlocked())

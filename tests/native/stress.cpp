@@ -45,7 +45,9 @@ void fail(const char* text) {
 
 void work(Manager& manager, const std::shared_ptr<Context>& shared, int index) {
   std::mt19937 random(static_cast<unsigned>(index));
-  const auto below = [&](std::size_t n) { return std::uniform_int_distribution<std::size_t>(0, n - 1)(random); };
+  const auto below = [&](std::size_t n) {
+    return std::uniform_int_distribution<std::size_t>(0, n - 1)(random);
+  };
   std::vector<Block> blocks;
   auto own = manager.create_context({"own-" + std::to_string(index), 16 * MiB, 0});
   for (int step = 0; step < kSteps; ++step) {
