@@ -1,6 +1,7 @@
 # make demo   sets up .venv, builds, runs three models side by side
 # make test   sets up what is missing and runs the whole test suite
 # make lint   formatting, lint, types
+# make gpu-test PYTHON=python3   the GPU suite, with the torch of that interpreter
 
 PYTHON ?= python3
 VENV   := .venv
@@ -11,7 +12,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 # CPU threads beyond the cores only make the models slower.
 export OMP_NUM_THREADS ?= $(shell nproc)
 
-.PHONY: all build demo test lint format bench clean
+.PHONY: all build demo test gpu-test lint format bench clean
 all: build
 
 $(VENV)/.installed: pyproject.toml
@@ -32,6 +33,13 @@ demo: build
 
 test: build
 	$(BIN)/python -m pytest
+
+# On a machine with a GPU, for the interpreter and the torch in PYTHON: builds in place, no network.
+GPU_REPORT ?= benchmarks/results/gpu-test.json
+gpu-test:
+	PYGPUKIT_STRICT=1 $(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device")'
+	$(PYTHON) -m pytest tests/gpu tests/unit/test_device_contract.py --report $(GPU_REPORT)
 
 lint: build
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard benchmarks/*.cpp tests/*/*.cpp)

@@ -1,7 +1,13 @@
-"""Builds the native module against the torch that is installed."""
+"""Builds the native module against the torch that is installed.
+
+With a CUDA torch the CUDA device is built in. That takes the driver's header and nothing else: it
+comes with the CUDA runtime that torch depends on, or with a toolkit.
+"""
 
 import os
+import sys
 from glob import glob
+from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 import pybind11
@@ -23,16 +29,42 @@ class Build(BuildExtension):
         )
 
 
-system_headers = [flag for path in include_paths() for flag in ("-isystem", path)]
-strict = ["-Wall", "-Wextra", "-Werror"] if os.environ.get("PYGPUKIT_STRICT") else []
+def cuda_headers() -> str:
+    """Find the folder of cuda.h."""
+    try:
+        wheel = files("nvidia-cuda-runtime") or []
+    except PackageNotFoundError:
+        wheel = []
+    headers = [str(file.locate()) for file in wheel if file.name == "cuda.h"]
+    toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    for header in [*headers, f"{toolkit}/include/cuda.h"]:
+        if os.path.exists(header):
+            return os.path.dirname(header)
+    sys.exit(
+        f"torch {torch.__version__} is a CUDA build, but cuda.h was not found: "
+        "pip install nvidia-cuda-runtime, or set CUDA_HOME to a toolkit"
+    )
+
+
+sources = sorted(glob("csrc/*/*.cpp"))
+system_headers = include_paths()
+flags = ["-std=c++20", "-O3", "-g1"]
+if torch.version.cuda:
+    system_headers.append(cuda_headers())
+    flags.append("-DPGK_WITH_CUDA")
+else:
+    sources = [source for source in sources if not Path(source).name.startswith("cuda_")]
+if os.environ.get("PYGPUKIT_STRICT"):
+    flags += ["-Wall", "-Wextra", "-Werror"]
+flags += [flag for path in system_headers for flag in ("-isystem", path)]
 
 setup(
     ext_modules=[
         CppExtension(
             f"{PACKAGE}.native",
-            sorted(glob("csrc/*/*.cpp")),
+            sources,
             include_dirs=[os.path.abspath("csrc"), pybind11.get_include()],
-            extra_compile_args=["-std=c++20", "-O3", "-g1", *system_headers, *strict],
+            extra_compile_args=flags,
         )
     ],
     cmdclass={"build_ext": Build},

@@ -67,6 +67,12 @@ class HostDevice(Device):
     @property
     def committed_bytes(self) -> int: ...
 
+class CudaDevice(Device):
+    """VRAM through the driver; only in builds for a CUDA torch. Capacity 0 is all of it."""
+
+    def __init__(self, ordinal: int = 0, capacity: int = 0) -> None: ...
+    def native_stream(self, stream: int) -> int: ...
+
 class Ledger:
     """Budgets, reservations and what is held."""
 

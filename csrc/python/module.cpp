@@ -4,6 +4,9 @@ PYBIND11_MODULE(native, module) {
   module.doc() = "The C++ side of pygpukit_torch.";
   pgk::python::bind_errors(module);
   pgk::python::bind_device(module);
+#ifdef PGK_WITH_CUDA
+  pgk::python::bind_cuda_device(module);
+#endif
   pgk::python::bind_core(module);
   pgk::python::bind_manager(module);
 }

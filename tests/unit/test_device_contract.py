@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from pygpukit_torch import DeviceError, native
 from pygpukit_torch.native import Device
@@ -14,6 +15,8 @@ PAGE = 2 << 20
 ALIGNMENT = 1 << 30
 
 DEVICES: dict[str, Callable[[], Device]] = {"host": lambda: native.HostDevice(CAPACITY)}
+if torch.cuda.is_available():
+    DEVICES["cuda"] = lambda: native.CudaDevice(0, CAPACITY)
 
 
 @pytest.fixture(params=list(DEVICES))

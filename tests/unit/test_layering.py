@@ -10,7 +10,7 @@ CSRC = Path(__file__).parents[2] / "csrc"
 # Folders each folder may include from, and what else than the C++ standard library it may use.
 LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "core": ({"core", "device"}, set()),
-    "device": ({"core", "device"}, {"fcntl.h", "unistd.h", "sys/"}),
+    "device": ({"core", "device"}, {"fcntl.h", "unistd.h", "sys/", "cuda.h", "dlfcn.h"}),
     "torch": ({"core", "device", "torch"}, {"c10/", "pthread.h"}),
     "python": ({"core", "device", "torch", "python"}, {"pybind11/"}),
 }

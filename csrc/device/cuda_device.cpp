@@ -1,0 +1,244 @@
+#include "device/cuda_device.h"
+
+#include <array>
+#include <string>
+
+#include "core/error.h"
+#include "core/types.h"
+
+namespace pgk {
+
+// The primary context, and relaxed capture mode, for the calling thread.
+class CudaDevice::Scope {
+ public:
+  explicit Scope(const CudaDevice& device) : driver_(device.driver_) {
+    driver_.check(driver_.cuCtxPushCurrent_fn(device.context_), "cuCtxPushCurrent");
+    driver_.cuThreadExchangeStreamCaptureMode_fn(&mode_);
+  }
+  Scope(const Scope&) = delete;
+  Scope& operator=(const Scope&) = delete;
+  ~Scope() {
+    CUcontext popped = nullptr;
+    driver_.cuThreadExchangeStreamCaptureMode_fn(&mode_);
+    driver_.cuCtxPopCurrent_fn(&popped);
+  }
+
+ private:
+  const CudaDriver& driver_;
+  CUstreamCaptureMode mode_ = CU_STREAM_CAPTURE_MODE_RELAXED;
+};
+
+CudaDevice::CudaDevice(int ordinal, std::size_t capacity) : driver_(CudaDriver::get()) {
+  driver_.check(driver_.cuDeviceGet_fn(&ordinal_, ordinal), "cuDeviceGet");
+  properties_.name = "cuda:" + std::to_string(ordinal);
+
+  memory_.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+  memory_.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+  memory_.location.id = ordinal_;
+  access_.location = memory_.location;
+  access_.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+  driver_.check(driver_.cuMemGetAllocationGranularity_fn(&properties_.granularity, &memory_,
+                                                         CU_MEM_ALLOC_GRANULARITY_MINIMUM),
+                "cuMemGetAllocationGranularity");
+
+  std::size_t total = 0;
+  driver_.check(driver_.cuDeviceTotalMem_fn(&total, ordinal_), "cuDeviceTotalMem");
+  if (capacity == 0) capacity = total;
+  properties_.capacity = capacity / properties_.granularity * properties_.granularity;
+  if (capacity > total || properties_.capacity == 0) {
+    throw Error(ErrorCode::invalid_value,
+                properties_.name + ": a capacity of " + format_bytes(capacity) +
+                    " is not between one page of " + format_bytes(properties_.granularity) +
+                    " and the " + format_bytes(total) + " that the device has");
+  }
+
+  driver_.check(driver_.cuDevicePrimaryCtxRetain_fn(&context_, ordinal_),
+                "cuDevicePrimaryCtxRetain");
+  const Scope scope(*this);
+  driver_.check(driver_.cuCtxGetStreamPriorityRange_fn(&properties_.least_priority,
+                                                       &properties_.greatest_priority),
+                "cuCtxGetStreamPriorityRange");
+}
+
+// Streams and events stay: torch may hold raw handles of theirs.
+CudaDevice::~CudaDevice() {
+  driver_.cuDevicePrimaryCtxRelease_fn(ordinal_);
+}
+
+// Memory ---------------------------------------------------------------------------------------
+
+Handle CudaDevice::do_create(std::size_t bytes) {
+  const Scope scope(*this);
+  const std::lock_guard lock(mutex_);
+  if (bytes > properties_.capacity - created_bytes_) {
+    throw Error(ErrorCode::device, properties_.name + ": create of " + format_bytes(bytes) +
+                                       " failed: out of memory, " + format_bytes(created_bytes_) +
+                                       " of " + format_bytes(properties_.capacity) + " exist");
+  }
+  CUmemGenericAllocationHandle handle{};
+  driver_.check(driver_.cuMemCreate_fn(&handle, bytes, &memory_, 0), "create", bytes);
+  created_bytes_ += bytes;
+  return {handle, bytes};
+}
+
+void CudaDevice::do_release(Handle handle) {
+  const Scope scope(*this);
+  driver_.check(driver_.cuMemRelease_fn(handle.id), "release", handle.bytes);
+  const std::lock_guard lock(mutex_);
+  created_bytes_ -= handle.bytes;
+}
+
+Address CudaDevice::do_reserve(std::size_t bytes, std::size_t alignment) {
+  const Scope scope(*this);
+  CUdeviceptr address = 0;
+  driver_.check(driver_.cuMemAddressReserve_fn(&address, bytes, alignment, 0, 0), "reserve", bytes);
+  if (address % alignment != 0) {
+    driver_.cuMemAddressFree_fn(address, bytes);
+    throw Error(ErrorCode::device, properties_.name + ": reserve of " + format_bytes(bytes) +
+                                       " failed: the driver ignored the alignment of " +
+                                       format_bytes(alignment));
+  }
+  return address;
+}
+
+void CudaDevice::do_unreserve(Address address, std::size_t bytes) {
+  const Scope scope(*this);
+  driver_.check(driver_.cuMemAddressFree_fn(address, bytes), "unreserve", bytes);
+}
+
+void CudaDevice::do_map(Address address, Handle handle) {
+  const Scope scope(*this);
+  driver_.check(driver_.cuMemMap_fn(address, handle.bytes, 0, handle.id, 0), "map", handle.bytes);
+  const CUresult result = driver_.cuMemSetAccess_fn(address, handle.bytes, &access_, 1);
+  if (result != CUDA_SUCCESS) driver_.cuMemUnmap_fn(address, handle.bytes);
+  driver_.check(result, "map (set access)", handle.bytes);
+}
+
+void CudaDevice::do_unmap(Address address, Handle handle) {
+  const Scope scope(*this);
+  driver_.check(driver_.cuMemUnmap_fn(address, handle.bytes), "unmap", handle.bytes);
+}
+
+// Streams and events ---------------------------------------------------------------------------
+
+CUstream CudaDevice::find(StreamId stream) const {
+  const std::lock_guard lock(mutex_);
+  const auto it = streams_.find(stream);
+  if (it == streams_.end()) {
+    throw Error(ErrorCode::invalid_value,
+                properties_.name + ": no stream " + std::to_string(stream));
+  }
+  return it->second.handle;
+}
+
+std::uintptr_t CudaDevice::native_stream(StreamId stream) const {
+  return reinterpret_cast<std::uintptr_t>(find(stream));
+}
+
+StreamId CudaDevice::do_create_stream(int priority) {
+  const Scope scope(*this);
+  const std::lock_guard lock(mutex_);
+  CUstream handle = nullptr;
+  if (const auto idle = idle_streams_.find(priority); idle != idle_streams_.end()) {
+    handle = idle->second;
+    idle_streams_.erase(idle);
+  } else {
+    driver_.check(driver_.cuStreamCreateWithPriority_fn(&handle, CU_STREAM_NON_BLOCKING, priority),
+                  "create_stream");
+  }
+  streams_.emplace(next_stream_, Stream{handle, priority});
+  return next_stream_++;
+}
+
+void CudaDevice::do_destroy_stream(StreamId stream) {
+  const CUstream handle = find(stream);
+  const Scope scope(*this);
+  const CUresult result = driver_.cuStreamQuery_fn(handle);
+  if (result == CUDA_ERROR_NOT_READY) {
+    throw Error(ErrorCode::busy,
+                properties_.name + ": stream " + std::to_string(stream) + " has unfinished work");
+  }
+  driver_.check(result, "destroy_stream");
+  const std::lock_guard lock(mutex_);
+  const auto it = streams_.find(stream);
+  idle_streams_.emplace(it->second.priority, handle);
+  streams_.erase(it);
+}
+
+void CudaDevice::do_copy(Address destination, Address source, std::size_t bytes, StreamId stream) {
+  const CUstream handle = find(stream);
+  const Scope scope(*this);
+  driver_.check(driver_.cuMemcpyAsync_fn(destination, source, bytes, handle), "copy", bytes);
+}
+
+EventId CudaDevice::do_record(StreamId stream) {
+  const CUstream handle = find(stream);
+  const Scope scope(*this);
+  const std::lock_guard lock(mutex_);
+  if (idle_events_.empty()) {
+    CUevent event = nullptr;
+    driver_.check(driver_.cuEventCreate_fn(&event, CU_EVENT_DISABLE_TIMING), "record");
+    idle_events_.push_back(event);
+  }
+  driver_.check(driver_.cuEventRecord_fn(idle_events_.back(), handle), "record");
+  pending_.emplace(next_event_, idle_events_.back());
+  idle_events_.pop_back();
+  return next_event_++;
+}
+
+// Null for an event that is known to be done.
+CUevent CudaDevice::pending(EventId event) const {
+  const auto it = pending_.find(event);
+  return it == pending_.end() ? nullptr : it->second;
+}
+
+void CudaDevice::retire(EventId event) {
+  const auto it = pending_.find(event);
+  if (it == pending_.end()) return;
+  idle_events_.push_back(it->second);
+  pending_.erase(it);
+}
+
+// Reused events make the lock necessary over the driver's call: the event must not start to mean
+// something else while it is asked about.
+void CudaDevice::do_wait(StreamId stream, EventId event) {
+  const CUstream handle = find(stream);
+  const Scope scope(*this);
+  const std::lock_guard lock(mutex_);
+  if (CUevent native = pending(event)) {
+    driver_.check(driver_.cuStreamWaitEvent_fn(handle, native, CU_EVENT_WAIT_DEFAULT), "wait");
+  }
+}
+
+bool CudaDevice::is_done(EventId event) {
+  const Scope scope(*this);
+  const std::lock_guard lock(mutex_);
+  CUevent native = pending(event);
+  if (native == nullptr) return true;
+  const CUresult result = driver_.cuEventQuery_fn(native);
+  if (result == CUDA_ERROR_NOT_READY) return false;
+  driver_.check(result, "query");
+  retire(event);
+  return true;
+}
+
+void CudaDevice::do_synchronize_stream(StreamId stream) {
+  const CUstream handle = find(stream);
+  const Scope scope(*this);
+  driver_.check(driver_.cuStreamSynchronize_fn(handle), "synchronize");
+}
+
+void CudaDevice::do_synchronize_event(EventId event) {
+  const Scope scope(*this);
+  CUevent native = nullptr;
+  {
+    const std::lock_guard lock(mutex_);
+    native = pending(event);
+  }
+  // Should another thread retire and reuse the event meanwhile, this waits longer, never less.
+  if (native != nullptr) driver_.check(driver_.cuEventSynchronize_fn(native), "synchronize");
+  const std::lock_guard lock(mutex_);
+  if (native != nullptr && pending(event) == native) retire(event);
+}
+
+}  // namespace pgk

@@ -1,0 +1,77 @@
+// A CUDA device through the driver's virtual memory management: handles are physical VRAM, ranges
+// are reserved addresses of the process's primary context, the one that torch uses.
+//
+// Streams do not synchronise with the default stream and are never destroyed, since libraries keep
+// raw handles of them: one that is given back serves the next context. Events are reused once they
+// are done. Every call runs in relaxed capture mode, so that another thread's capture is not
+// broken.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+#include "device/cuda_driver.h"
+#include "device/device.h"
+
+namespace pgk {
+
+class CudaDevice final : public Device {
+ public:
+  // `capacity` in bytes limits the handles that exist at a time; 0 stands for all of the VRAM.
+  CudaDevice(int ordinal, std::size_t capacity);
+  // Handles and ranges must have been given back.
+  ~CudaDevice() override;
+
+  bool is_done(EventId event) override;
+  // A child of a fork cannot use CUDA at all; it never touches VRAM.
+  void privatise_in_child(Address /*address*/, Handle /*handle*/) noexcept override {}
+
+  // The driver's handle, a CUstream, to hand to torch. Valid forever.
+  std::uintptr_t native_stream(StreamId stream) const;
+
+ private:
+  class Scope;
+
+  Handle do_create(std::size_t bytes) override;
+  void do_release(Handle handle) override;
+  Address do_reserve(std::size_t bytes, std::size_t alignment) override;
+  void do_unreserve(Address address, std::size_t bytes) override;
+  void do_map(Address address, Handle handle) override;
+  void do_unmap(Address address, Handle handle) override;
+  StreamId do_create_stream(int priority) override;
+  void do_destroy_stream(StreamId stream) override;
+  void do_copy(Address destination, Address source, std::size_t bytes, StreamId stream) override;
+  EventId do_record(StreamId stream) override;
+  void do_wait(StreamId stream, EventId event) override;
+  void do_synchronize_stream(StreamId stream) override;
+  void do_synchronize_event(EventId event) override;
+
+  CUstream find(StreamId stream) const;
+  CUevent pending(EventId event) const;
+  void retire(EventId event);
+
+  struct Stream {
+    CUstream handle = nullptr;
+    int priority = 0;
+  };
+
+  const CudaDriver& driver_;
+  CUdevice ordinal_ = 0;
+  CUcontext context_ = nullptr;
+  CUmemAllocationProp memory_{};
+  CUmemAccessDesc access_{};
+
+  mutable std::mutex mutex_;
+  std::size_t created_bytes_ = 0;
+  std::unordered_map<StreamId, Stream> streams_;
+  std::multimap<int, CUstream> idle_streams_;  // by priority
+  std::unordered_map<EventId, CUevent> pending_;
+  std::vector<CUevent> idle_events_;
+  StreamId next_stream_ = 1;
+  EventId next_event_ = 1;
+};
+
+}  // namespace pgk

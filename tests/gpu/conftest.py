@@ -1,0 +1,69 @@
+"""The GPU suite: ``make gpu-test``. Without a GPU it is not collected, and never counted."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pygpukit_torch import native
+
+collect_ignore_glob = [] if torch.cuda.is_available() else ["test_*.py"]
+
+
+@pytest.fixture
+def device() -> native.CudaDevice:
+    return native.CudaDevice(0, 4 << 30)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--report", type=Path, help="write every test's name, result and duration")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if path := config.getoption("--report", default=None):
+        config.pluginmanager.register(Report(path))
+
+
+class Report:
+    """Collects the results and writes them as JSON, with what they were obtained on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tests: dict[str, dict[str, Any]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        test = self.tests.setdefault(report.nodeid, {"result": "passed", "seconds": 0.0})
+        test["seconds"] = round(test["seconds"] + report.duration, 3)
+        if report.outcome != "passed":
+            test["result"] = report.outcome
+
+    def pytest_sessionfinish(self) -> None:
+        driver = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        results = [test["result"] for test in self.tests.values()]
+        report = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": commit or "unknown",
+            "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
+            "driver": driver or "unknown",
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+            "summary": {result: results.count(result) for result in sorted(set(results))},
+            "tests": self.tests,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(report, indent=1) + "\n")
