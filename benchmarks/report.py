@@ -1,8 +1,8 @@
 """What every story's result carries, and how it is shown and stored."""
 
 import json
+import os
 import platform
-import subprocess
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.provenance import commit
 
 
 def machine() -> dict[str, str]:
@@ -23,14 +25,11 @@ def machine() -> dict[str, str]:
         ),
         platform.processor(),
     )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit or "unknown",
+        "commit": commit(),
         "cpu": cpu,
-        "cores": str(len(__import__("os").sched_getaffinity(0))),
+        "cores": str(len(os.sched_getaffinity(0))),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }

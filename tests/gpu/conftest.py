@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.provenance import commit
 from pygpukit_torch import native
 
 collect_ignore_glob = [] if torch.cuda.is_available() else ["test_*.py"]
@@ -51,13 +52,10 @@ class Report:
             text=True,
             check=False,
         ).stdout.strip()
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-        ).stdout.strip()
         results = [test["result"] for test in self.tests.values()]
         report = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": commit or "unknown",
+            "commit": commit(),
             "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
             "driver": driver or "unknown",
             "torch": str(torch.__version__),

@@ -1,0 +1,12 @@
+"""Which state of the repository a result was obtained with."""
+
+import os
+import subprocess
+
+
+def commit() -> str:
+    """The commit, marked if there were changes on top; ``PYGPUKIT_COMMIT`` where git is missing."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return described or os.environ.get("PYGPUKIT_COMMIT", "unknown")
