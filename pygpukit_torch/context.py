@@ -30,7 +30,9 @@ class ExecutionContext:
         self._native = handle
         self._name = handle.name
         self._qos = qos
-        self._stream = ContextStream(runtime.device, handle.stream)
+        self._stream = ContextStream(
+            runtime.device, handle.stream, self._require_alive, runtime.check_process
+        )
         usage = runtime.manager.usage(handle)
         self._max_vram = usage.max
         self._base_vram = usage.base
@@ -121,18 +123,22 @@ class ExecutionContext:
                 burstable context keeps what it has, as far as the new budget allows.
 
         Raises:
-            ValueError: the sizes are inconsistent, or live tensors hold more than ``max_vram``.
+            ValueError: the sizes are inconsistent, ``max_vram`` is less than one of the context's
+                pages, or live tensors hold more than it.
             AdmissionError: the reservation does not fit.
             ContextDestroyedError: it has been destroyed.
         """
         max_vram = check_bytes("max_vram", max_vram)
         if base_vram is not None:
-            base = check_bytes("base_vram", base_vram, least=0)
-        elif self._qos is QoSPolicy.GUARANTEED:
-            base = max_vram
-        else:
-            base = min(self._base_vram, max_vram)
+            base_vram = check_bytes("base_vram", base_vram, least=0)
+        self._runtime.check_process()
         with self._runtime.lock:
+            if base_vram is not None:
+                base = base_vram
+            elif self._qos is QoSPolicy.GUARANTEED:
+                base = max_vram
+            else:
+                base = min(self._base_vram, max_vram)
             self._runtime.manager.resize_context(self._native, max_vram, base)
             self._max_vram, self._base_vram = max_vram, base
 
@@ -147,9 +153,11 @@ class ExecutionContext:
             target: a module, whose parameters and buffers are replaced in place, or a tensor.
 
         Returns:
-            The module itself, or a tensor with the same contents.
+            The module itself; or a tensor with the same contents that requires a gradient if the
+            given one did, but has neither its history nor its gradient.
 
         Raises:
+            TypeError: something in it is not a dense CPU tensor; a module is then as before.
             torch.OutOfMemoryError: the budget does not suffice; a module is then as before.
             ContextDestroyedError: it has been destroyed.
         """
@@ -170,6 +178,7 @@ class ExecutionContext:
         self._runtime.destroy(self)
 
     def _require_alive(self) -> None:
+        self._runtime.check_process()
         if self._native.is_destroyed:
             raise ContextDestroyedError(f"context {self._name!r} has been destroyed")
 

@@ -55,7 +55,7 @@ class ForkError(PyGPUKitError, RuntimeError):
 
 
 class DeviceError(PyGPUKitError, RuntimeError):
-    """A call to the device failed; what it was to do has been undone."""
+    """A call to the device failed; the books are right, and the operation can be tried again."""
 
 
 class InvariantError(PyGPUKitError, AssertionError):

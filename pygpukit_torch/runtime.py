@@ -29,11 +29,30 @@ class Runtime:
         self.lock = threading.RLock()
         self._contexts: dict[str, ExecutionContext] = {}
         self._process = os.getpid()
+        self._closed = False
 
     @property
     def is_foreign(self) -> bool:
         """Whether this is a forked child of the process that made it."""
         return os.getpid() != self._process
+
+    def check_process(self) -> None:
+        """Raise ForkError in a forked child, before any lock that a lost thread may hold."""
+        if self.is_foreign:
+            raise ForkError(
+                "this process is a forked child of the one that initialized pygpukit_torch and "
+                "cannot use its device (start the process with 'spawn' instead)"
+            )
+
+    def close(self) -> None:
+        """Refuse further contexts. Raises ContextBusyError if there are any."""
+        with self.lock:
+            if self._contexts:
+                names = ", ".join(repr(name) for name in self._contexts)
+                raise ContextBusyError(
+                    f"cannot shut down, contexts live: {names}; destroy them first"
+                )
+            self._closed = True
 
     @property
     def contexts(self) -> list[ExecutionContext]:
@@ -44,12 +63,15 @@ class Runtime:
     def create(self, name: str, max_vram: int, base_vram: int, qos: QoSPolicy) -> ExecutionContext:
         """Create a context; arguments are checked by the caller and by the manager."""
         with self.lock:
+            if self._closed:
+                raise InitializationError("shutdown() was called while the context was created")
             handle = self.manager.create_context(name, max_vram, base_vram, qos.tier)
             context = self._contexts[name] = ExecutionContext(self, handle, qos)
             return context
 
     def destroy(self, context: ExecutionContext) -> None:
         """Destroy a context and free its name."""
+        self.check_process()
         with self.lock:
             self.manager.destroy_context(context._native)
             del self._contexts[context.name]
@@ -68,7 +90,8 @@ class Runtime:
     def current(self) -> ExecutionContext | None:
         """Return the context of the calling thread's innermost session."""
         handle = native.current_context()
-        return None if handle is None else self._contexts[handle.name]
+        context = None if handle is None else self._contexts.get(handle.name)
+        return context if context is not None and context._native is handle else None
 
 
 _runtime: Runtime | None = None
@@ -99,23 +122,16 @@ def initialize(wishes: Wishes) -> Runtime:
                 + ", ".join(conflicts)
                 + "; call shutdown() first"
             )
-        return usable(_runtime)
-
-
-def usable(runtime: Runtime) -> Runtime:
-    """Return the runtime, unless it belongs to a parent process."""
-    if runtime.is_foreign:
-        raise ForkError(
-            "this process is a forked child of the one that initialized pygpukit_torch and "
-            "cannot use its device (start the process with 'spawn' instead)"
-        )
-    return runtime
+        _runtime.check_process()
+        return _runtime
 
 
 def existing() -> Runtime | None:
     """Return the runtime if there is one; no initialization. Raises ForkError."""
     runtime = _runtime
-    return None if runtime is None else usable(runtime)
+    if runtime is not None:
+        runtime.check_process()
+    return runtime
 
 
 def get_or_initialize() -> Runtime:
@@ -130,8 +146,6 @@ def shutdown() -> None:
         runtime = existing()
         if runtime is None:
             return
-        if alive := runtime.contexts:
-            names = ", ".join(repr(context.name) for context in alive)
-            raise ContextBusyError(f"cannot shut down, contexts live: {names}; destroy them first")
+        runtime.close()
         native.uninstall_cpu_allocator()
         _runtime = None

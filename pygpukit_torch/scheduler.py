@@ -110,6 +110,8 @@ def create_context(
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a str, got {type(name).__name__} {name!r}")
+    if not name.isprintable():  # neither control characters nor halves of surrogate pairs
+        raise ValueError(f"name must be printable text, got {name!r}")
     if not isinstance(qos, QoSPolicy):
         raise TypeError(f"qos must be a QoSPolicy, got {type(qos).__name__} {qos!r}")
     max_vram = check_bytes("max_vram", max_vram)
@@ -118,13 +120,13 @@ def create_context(
     base_vram = check_bytes("base_vram", base_vram, least=0)
     if partition is not None:
         raise ValueError(f"unknown partition {partition!r}: there are no partitions")
-    runtime = _runtime.get_or_initialize()
     if device_id is not None:
         check_device_id("device_id", device_id)
-        if device_id != runtime.settings.device_id:
-            raise ValueError(
-                f"device_id {device_id} is not the initialized {runtime.settings.device_id}"
-            )
+    runtime = _runtime.get_or_initialize()
+    if device_id not in (None, runtime.settings.device_id):
+        raise ValueError(
+            f"device_id {device_id} is not the initialized {runtime.settings.device_id}"
+        )
     return runtime.create(name, max_vram, base_vram, qos)
 
 

@@ -5,29 +5,38 @@ only carries copies, events and waits; waiting for an event holds the calling th
 is the thread that would go on to read the data.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from pygpukit_torch import native
 
 
 class ContextEvent(torch.cpu.Event):
-    """A point in a context's stream. Made by :func:`pygpukit_torch.record_event`."""
+    """A point in a context's stream. Made by :func:`pygpukit_torch.record_event`.
 
-    def __init__(self, device: native.Device, event: int) -> None:
+    It stays valid when the context is destroyed.
+    """
+
+    def __init__(self, device: native.Device, event: int, check_process: Callable[[], object]):
         self._device = device
+        self._check_process = check_process
         self.id = event
 
     def query(self) -> bool:
         """Whether all work before the event is done."""
+        self._check_process()
         return self._device.is_done(self.id)
 
     def synchronize(self) -> None:
         """Block the calling thread until all work before the event is done."""
+        self._check_process()
         self._device.synchronize_event(self.id)
 
     def record(self, stream: torch.cpu.Stream | None = None) -> None:
         """Mark the present end of ``stream``, a context's, instead of the earlier point."""
-        self._device, self.id = _context_stream(stream)._record()
+        fresh = _context_stream(stream).record_event()
+        self._device, self.id = fresh._device, fresh.id
 
     def wait(self, stream: torch.cpu.Stream | None = None) -> None:
         """Make later work of ``stream``, a context's, wait for the event."""
@@ -37,40 +46,50 @@ class ContextEvent(torch.cpu.Event):
 class ContextStream(torch.cpu.Stream):
     """The stream of one context. Made by :func:`pygpukit_torch.create_context`.
 
+    All methods raise ContextDestroyedError once the context has been destroyed.
+
     Attributes:
         id: a number that no other stream of the device has.
         priority: as the driver counts, lower is more important; 0 on the host device.
     """
 
-    def __init__(self, device: native.Device, stream: int) -> None:
+    def __init__(
+        self,
+        device: native.Device,
+        stream: int,
+        check_alive: Callable[[], object],
+        check_process: Callable[[], object],
+    ) -> None:
         self._device = device
+        self._check_alive = check_alive
+        self._check_process = check_process
         self.id = stream
         self.priority = 0
 
     def synchronize(self) -> None:
         """Block the calling thread until all work of the stream is done."""
+        self._check_alive()
         self._device.synchronize_stream(self.id)
 
     def query(self) -> bool:
         """Whether all work of the stream is done."""
-        return self._device.is_done(self._device.record(self.id))
-
-    def _record(self) -> tuple[native.Device, int]:
-        return self._device, self._device.record(self.id)
+        return self.record_event().query()
 
     def record_event(  # type: ignore[override]  # torch's placeholder returns None
         self, event: ContextEvent | None = None
     ) -> ContextEvent:
         """Mark the present end of the stream by a new event, or by ``event``."""
-        if event is None:
-            return ContextEvent(*self._record())
-        event.record(self)
-        return event
+        if event is not None:
+            event.record(self)
+            return event
+        self._check_alive()
+        return ContextEvent(self._device, self._device.record(self.id), self._check_process)
 
     def wait_event(self, event: ContextEvent) -> None:
         """Let work from now on start after ``event``."""
         if not isinstance(event, ContextEvent):
             raise TypeError(f"expected an event from record_event, got {type(event).__name__}")
+        self._check_alive()
         self._device.wait(self.id, event.id)
         event.synchronize()
 

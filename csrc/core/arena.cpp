@@ -11,7 +11,8 @@ Arena::Arena(std::size_t page_bytes, std::uint32_t page_count)
       page_shift_(static_cast<std::uint32_t>(std::countr_zero(page_granules_))),
       page_count_(page_count),
       starts_(page_count) {
-  const bool valid = std::has_single_bit(page_bytes) && page_bytes >= kGranule && page_count > 0 &&
+  const bool valid = std::has_single_bit(page_bytes) && page_bytes <= 4 * GiB &&
+                     page_bytes >= kGranule && page_count > 0 &&
                      std::uint64_t{page_count} * page_granules_ < kNone;
   if (!valid) {
     throw Error(ErrorCode::invalid_value, "an arena of " + std::to_string(page_count) +

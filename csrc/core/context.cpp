@@ -26,6 +26,9 @@ void Context::require_open() const {
 }
 
 void* Context::allocate(std::size_t bytes) {
+  if (bytes == 0) [[unlikely]] {
+    throw Error(ErrorCode::invalid_value, "a block has at least one byte");
+  }
   const std::size_t granules = bytes / kGranule + (bytes % kGranule != 0);
   if (granules < Arena::kNone) [[likely]] {
     const std::lock_guard lock(mutex_);

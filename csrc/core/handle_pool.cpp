@@ -1,6 +1,7 @@
 #include "core/handle_pool.h"
 
 #include "core/error.h"
+#include "core/scope_exit.h"
 
 namespace pgk {
 
@@ -40,8 +41,14 @@ void HandlePool::give_back(Handle handle, bool reserved) {
 
 void HandlePool::reserve(std::size_t bytes, std::size_t count) {
   Shelf& shelf = shelves_[bytes];
-  while (shelf.handles.size() < shelf.reserved + count) shelf.handles.push_back(create(bytes));
-  shelf.reserved += count;
+  std::size_t done = 0;
+  ScopeExit undo([&] { shelf.reserved -= done; });
+  for (; done < count; ++done) {
+    // Each is claimed at once, or creating the next could release it to make room.
+    if (!shelf.has_spare()) shelf.handles.push_back(create(bytes));
+    ++shelf.reserved;
+  }
+  undo.dismiss();
 }
 
 void HandlePool::unreserve(std::size_t bytes, std::size_t count) {

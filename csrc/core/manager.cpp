@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <bit>
+#include <iterator>
+#include <utility>
 
 #include "core/address_table.h"
 #include "core/scope_exit.h"
@@ -19,6 +21,14 @@ constexpr std::size_t kPagesPerBudget = 64;
 // A budget never fills its range: free gaps between live pages must still hold large blocks.
 constexpr std::size_t kRangePerCapacity = 2;
 
+// Blocks that outlive their manager must still find their context by address, and be valid.
+void keep_forever(const std::shared_ptr<Device>& device, std::shared_ptr<Context> context) {
+  static std::mutex mutex;
+  static auto* kept = new std::vector<std::pair<std::shared_ptr<Device>, std::shared_ptr<Context>>>;
+  const std::lock_guard lock(mutex);
+  kept->emplace_back(device, std::move(context));
+}
+
 }  // namespace
 
 std::shared_ptr<Manager> Manager::make(std::shared_ptr<Device> device) {
@@ -29,15 +39,15 @@ Manager::Manager(std::shared_ptr<Device> device)
     : device_(std::move(device)), ledger_(device_->properties().capacity), pool_(*device_) {}
 
 Manager::~Manager() {
-  if (forked_) return;
-  for (const auto& context : contexts_) drop_reservation(*context);
-  orphans_.insert(orphans_.end(), contexts_.begin(), contexts_.end());
-  collect_orphans();
-  for (const auto& leftover : orphans_) {
-    AddressTable::set(leftover->address_, leftover->arena_.page_count() * leftover->page_bytes(),
-                      nullptr);
+  if (!forked_) {
+    for (const auto& context : contexts_) drop_reservation(*context);
+    orphans_.insert(orphans_.end(), std::make_move_iterator(contexts_.begin()),
+                    std::make_move_iterator(contexts_.end()));
+    contexts_.clear();
+    collect_orphans();
+    pool_.trim();
   }
-  pool_.trim();
+  for (Context* context : all()) keep_forever(device_, context->shared_from_this());
 }
 
 // Creating, destroying, resizing ----------------------------------------------------------------
@@ -138,18 +148,21 @@ std::shared_ptr<Context> Manager::create_context(const ContextSpec& spec) {
   return context;
 }
 
-// The caller's lock, checked against what the context has become meanwhile.
-Context& Manager::live(Context& context) const {
+void Manager::require_live(const Context& context) const {
   require_usable();
   context.require_open();
-  return context;
+  const auto is_it = [&](const auto& known) { return known.get() == &context; };
+  if (std::none_of(contexts_.begin(), contexts_.end(), is_it)) {
+    throw Error(ErrorCode::invalid_value,
+                "context '" + context.name() + "' belongs to another device");
+  }
 }
 
 void Manager::destroy_context(Context& context) {
   const std::lock_guard lock(mutex_);
   {
     const ContextLock context_lock(context.mutex_);
-    live(context);
+    require_live(context);
     if (context.sessions_ > 0) {
       throw Error(ErrorCode::busy, "context '" + context.name() + "' has " +
                                        std::to_string(context.sessions_) +
@@ -170,10 +183,15 @@ void Manager::destroy_context(Context& context) {
 void Manager::resize_context(Context& context, std::size_t max, std::size_t base) {
   const std::lock_guard lock(mutex_);
   const ContextLock context_lock(context.mutex_);
-  live(context);
+  require_live(context);
   device_said_.clear();
   validate({context.name(), max, base, context.tier()});
   const std::size_t page = context.page_bytes();
+  if (max < page) {
+    throw Error(ErrorCode::invalid_value, "context '" + context.name() +
+                                              "' was created with pages of " + format_bytes(page) +
+                                              " and cannot be resized to " + format_bytes(max));
+  }
   const std::size_t target = max / page;
   if (context.arena_.resident_pages() > target) {
     give_up_pages(context, context.arena_.resident_pages() - target);
@@ -237,17 +255,23 @@ void Manager::collect_orphans() {
 // fails leaves the rest to the next attempt.
 bool Manager::dismantle(Context& orphan) {
   const ContextLock lock(orphan.mutex_);
-  give_up_pages(orphan, SIZE_MAX);
-  if (orphan.arena_.resident_pages() > 0) return false;
   const std::size_t range = orphan.arena_.page_count() * orphan.page_bytes();
   try {
-    if (orphan.stream_ != 0) device_->destroy_stream(orphan.stream_);
-    orphan.stream_ = 0;
+    // The stream first: its work may still use the pages.
+    if (orphan.arena_.live_blocks() == 0 && orphan.stream_ != 0) {
+      device_->destroy_stream(orphan.stream_);
+      orphan.stream_ = 0;
+    }
+    give_up_pages(orphan, SIZE_MAX);
+    if (orphan.arena_.resident_pages() > 0) return false;
+    // Whoever gets these addresses next must not be taken for this context.
+    AddressTable::set(orphan.address_, range, nullptr);
+    ScopeExit restore([&] { AddressTable::set(orphan.address_, range, &orphan); });
     device_->unreserve(orphan.address_, range);
+    restore.dismiss();
   } catch (const Error&) {
     return false;
   }
-  AddressTable::set(orphan.address_, range, nullptr);
   ledger_.close(orphan.id());
   orphan.manager_of_orphan_.reset();
   return true;

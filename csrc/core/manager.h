@@ -42,7 +42,7 @@ struct DeviceUsage {
 class Manager : public std::enable_shared_from_this<Manager> {
  public:
   static std::shared_ptr<Manager> make(std::shared_ptr<Device> device);
-  // All blocks must have been freed.
+  // Contexts with live blocks stay, with the device, so that the blocks stay valid.
   ~Manager();
 
   // Throws ErrorCode::invalid_value, ::admission or ::device; nothing has changed then.
@@ -53,6 +53,7 @@ class Manager : public std::enable_shared_from_this<Manager> {
   // Throws as create_context; also ErrorCode::invalid_value if live blocks hold more than `max`.
   void resize_context(Context& context, std::size_t max, std::size_t base);
 
+  // Throws ErrorCode::context_destroyed if nothing of the context is left.
   Usage usage(const Context& context) const;
   DeviceUsage device_usage() const;
   Device& device() const { return *device_; }
@@ -82,7 +83,6 @@ class Manager : public std::enable_shared_from_this<Manager> {
 
   // With the manager's lock; those that name a context need its lock too.
   bool grow(Context& context, std::uint32_t granules);
-  std::size_t allowed_pages(const Context& context) const;
   void map_pages(Context& context, Arena::PageRun pages);
   std::size_t give_up_pages(Context& context, std::size_t count,
                             std::optional<Arena::PageRun> beside = std::nullopt);
@@ -93,11 +93,11 @@ class Manager : public std::enable_shared_from_this<Manager> {
   void collect_orphans();
   void set_reserved_pages(const Context& context, std::size_t base_before, std::size_t base_after);
   std::size_t unfilled_pages(const Context& context, std::size_t base) const;
-  Context& live(Context& context) const;
+  void require_live(const Context& context) const;
 
-  Usage usage_beside(const Context& context, std::size_t unprotected) const;
+  Usage usage_of(const Context& context, std::size_t protected_bytes,
+                 std::size_t unprotected_bytes) const;
   std::size_t protected_bytes(const Context& context) const;
-  std::size_t unprotected_bytes() const;
   [[noreturn]] void refuse(Context& context, std::size_t bytes, const std::string& device_said);
   std::vector<Context*> all() const;
 

@@ -16,7 +16,7 @@ void* Manager::allocate_slow(Context& context, std::size_t bytes) {
     const std::lock_guard lock(mutex_);
     device_said_.clear();
     const ContextLock context_lock(context.mutex_);
-    live(context);
+    require_live(context);
     const std::size_t granules = bytes / kGranule + (bytes % kGranule != 0);
     if (bytes <= ledger_.account(context.id()).max) {
       // Another thread may have made room between the miss and the lock.
@@ -36,31 +36,33 @@ void* Manager::allocate_slow(Context& context, std::size_t bytes) {
   refuse(context, bytes, device_said);
 }
 
-// Pages that the context may still get, by its budget and by the device.
-std::size_t Manager::allowed_pages(const Context& context) const {
-  return ledger_.room(context.id()) / context.page_bytes();
-}
-
 // Makes a request of `granules` succeed, or returns false. Free pages are given up in the order of
-// what they cost: the context's own that the new block cannot use, then those of others, then all
-// of its own.
+// what they cost: the context's own that the new block cannot use, those of others if the device
+// is short, then all of its own. Others are left alone if that would not help.
 bool Manager::grow(Context& context, std::uint32_t granules) {
+  const Ledger::Account& account = ledger_.account(context.id());
+  const std::size_t page = context.page_bytes();
+  if (context.arena_.used_bytes() + granules * kGranule > account.max) return false;
+
   auto plan = context.arena_.plan_growth(granules);
-  const auto missing = [&]() -> std::size_t {
-    const std::size_t allowed = allowed_pages(context);
+  const auto pages_beyond = [&](std::size_t allowed_bytes) {
+    const std::size_t allowed = allowed_bytes / page;
     return plan->count > allowed ? plan->count - allowed : 0;
   };
-  if (plan && missing() > 0) give_up_pages(context, missing(), plan);
-  const auto take_from_others = [&] {
-    if (missing() > 0) reclaim(ledger_.uncommitted() + missing() * context.page_bytes(), &context);
+  const auto over_budget = [&] { return pages_beyond(account.max - account.resident); };
+  const auto short_of_room = [&] { return pages_beyond(ledger_.room(context.id())); };
+  const auto make_room = [&] {
+    if (short_of_room() > 0) give_up_pages(context, short_of_room(), plan);
+    if (over_budget() == 0 && short_of_room() > 0) {
+      reclaim(ledger_.uncommitted() + short_of_room() * page, &context);
+    }
+    return short_of_room() == 0;
   };
-  if (plan) take_from_others();
-  if (!plan || missing() > 0) {
+  if (!plan || !make_room()) {
     give_up_pages(context, SIZE_MAX);
     plan = context.arena_.plan_growth(granules);
-    if (plan) take_from_others();
+    if (!plan || !make_room()) return false;
   }
-  if (!plan || missing() > 0) return false;
   const std::uint32_t resident = context.arena_.resident_pages();
   map_pages(context, *plan);
   return context.arena_.resident_pages() == resident + plan->count;
@@ -131,9 +133,17 @@ std::size_t Manager::unmap_tail(Context& context, const Arena::FreeRun& run, std
 }
 
 // Takes free pages that contexts hold beyond their bases, orphans first, then by tier, until
-// `goal` bytes are uncommitted or there are no more.
+// `goal` bytes are uncommitted. Takes none if they would not suffice.
 void Manager::reclaim(std::size_t goal, const Context* except) {
   if (ledger_.uncommitted() >= goal) return;
+  std::size_t reachable = ledger_.uncommitted();
+  for (const Context* context : all()) {
+    if (context == except) continue;
+    const ContextLock lock(context->mutex_);
+    reachable += ledger_.account(context->id()).committed() - protected_bytes(*context);
+  }
+  if (reachable < goal) return;
+
   std::vector<Context*> contexts = all();
   std::stable_sort(contexts.begin(), contexts.end(), [](const Context* a, const Context* b) {
     const auto rank = [](const Context* c) {

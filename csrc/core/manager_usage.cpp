@@ -1,6 +1,8 @@
 // The manager's third part: what it tells about itself, in figures, in errors and in checks.
 #include <algorithm>
 #include <map>
+#include <optional>
+#include <vector>
 
 #include "core/manager.h"
 
@@ -19,21 +21,13 @@ std::size_t Manager::protected_bytes(const Context& context) const {
   return std::max(occupied, ledger_.account(context.id()).base);
 }
 
-std::size_t Manager::unprotected_bytes() const {
-  std::size_t bytes = ledger_.capacity();
-  for (const Context* context : all()) {
-    const ContextLock lock(context->mutex_);
-    bytes -= protected_bytes(*context);
-  }
-  return bytes;
-}
-
-Usage Manager::usage_beside(const Context& context, std::size_t unprotected) const {
+Usage Manager::usage_of(const Context& context, std::size_t protected_bytes,
+                        std::size_t unprotected_bytes) const {
   const ContextLock lock(context.mutex_);
   const Ledger::Account& account = ledger_.account(context.id());
   const std::size_t page = context.page_bytes();
   const std::size_t reachable =
-      std::min(account.max, unprotected + protected_bytes(context)) / page * page;
+      std::min(account.max, unprotected_bytes + protected_bytes) / page * page;
   Usage usage;
   usage.name = context.name();
   usage.tier = context.tier();
@@ -51,29 +45,46 @@ Usage Manager::usage_beside(const Context& context, std::size_t unprotected) con
 Usage Manager::usage(const Context& context) const {
   const std::lock_guard lock(mutex_);
   require_usable();
+  std::optional<std::size_t> own;
+  std::size_t unprotected = ledger_.capacity();
   for (const Context* known : all()) {
-    if (known == &context) return usage_beside(context, unprotected_bytes());
+    const ContextLock context_lock(known->mutex_);
+    const std::size_t bytes = protected_bytes(*known);
+    if (known == &context) own = bytes;
+    unprotected -= bytes;
   }
-  throw Error(ErrorCode::context_destroyed, "context '" + context.name() + "' has been destroyed");
+  if (!own) {
+    throw Error(ErrorCode::context_destroyed,
+                "context '" + context.name() + "' has been destroyed");
+  }
+  return usage_of(context, *own, unprotected);
 }
 
 DeviceUsage Manager::device_usage() const {
   const std::lock_guard lock(mutex_);
   require_usable();
   DeviceUsage usage;
-  usage.capacity = ledger_.capacity();
+  usage.capacity = usage.available = ledger_.capacity();
   usage.resident = ledger_.resident();
   usage.pooled = pool_.pooled_bytes();
-  usage.available = unprotected_bytes();
+  std::vector<std::size_t> guarded;
   for (const Context* context : all()) {
-    usage.contexts.push_back(usage_beside(*context, usage.available));
+    const ContextLock context_lock(context->mutex_);
+    guarded.push_back(protected_bytes(*context));
+    usage.available -= guarded.back();
+  }
+  auto bytes = guarded.begin();
+  for (const Context* context : all()) {
+    usage.contexts.push_back(usage_of(*context, *bytes++, usage.available));
   }
   return usage;
 }
 
 void Manager::refuse(Context& context, std::size_t bytes, const std::string& device_said) {
-  const Usage own = usage(context);
   const DeviceUsage device = device_usage();
+  const auto& own = *std::find_if(
+      device.contexts.begin(), device.contexts.end(),
+      [&](const Usage& usage) { return usage.name == context.name() && !usage.orphan; });
   std::string text =
       "context '" + own.name + "' is out of memory: tried to allocate " + format_bytes(bytes) +
       " with " + format_bytes(own.used) + " of its budget of " + format_bytes(own.max) +

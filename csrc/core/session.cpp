@@ -53,6 +53,8 @@ struct ThreadEntries {
       registry().threads.erase(this);
       left.swap(stack);
     }
+    // Destructors of other thread-locals may still allocate.
+    current->store(nullptr, std::memory_order_relaxed);
     for (const Entry& entry : left) entry.context->end_session();
   }
 
@@ -78,6 +80,18 @@ Session::Session(std::shared_ptr<Context> context) : context_(std::move(context)
   const std::lock_guard lock(registry().mutex);
   id_ = registry().next_session++;
   process_ = registry().forks;
+}
+
+Session::~Session() {
+  std::uint32_t left = 0;
+  {
+    const std::lock_guard lock(registry().mutex);
+    if (process_ != registry().forks) return;
+    for (ThreadEntries* thread : registry().threads) {
+      while (thread->remove(id_)) ++left;
+    }
+  }
+  for (; left > 0; --left) context_->end_session();
 }
 
 void Session::enter() {
@@ -120,8 +134,10 @@ void unlock_sessions() {
 
 void forget_sessions_in_child() {
   ++registry().forks;
-  for (ThreadEntries* thread : registry().threads) thread->stack.clear();
-  registry().threads.clear();
+  std::erase_if(registry().threads, [](ThreadEntries* thread) {
+    thread->stack.clear();
+    return thread->current != &detail::current_context;  // of a thread that does not exist here
+  });
   detail::current_context.store(nullptr, std::memory_order_relaxed);
 }
 

@@ -18,6 +18,10 @@ namespace pgk {
 class Session {
  public:
   explicit Session(std::shared_ptr<Context> context);
+  // Leaves wherever it is still entered.
+  ~Session();
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
 
   // Throws ErrorCode::context_destroyed or ErrorCode::forked.
   void enter();

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 
@@ -118,8 +119,11 @@ void HostDevice::do_unmap(Address address, Handle handle) {
 
 void HostDevice::privatise_in_child(Address address, Handle handle) noexcept {
   // Pages that the child never writes still show the parent's later writes.
-  ::mmap(pointer(address), handle.bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, file_,
-         static_cast<off_t>(handle.id));
+  if (::mmap(pointer(address), handle.bytes, PROT_READ | PROT_WRITE,
+             MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, file_,
+             static_cast<off_t>(handle.id)) == MAP_FAILED) {
+    std::abort();  // going on would write to the parent's memory
+  }
 }
 
 }  // namespace pgk

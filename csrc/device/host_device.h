@@ -20,7 +20,7 @@ class HostDevice final : public Device {
  public:
   static constexpr std::size_t kGranularity = std::size_t{2} << 20;
 
-  static constexpr std::size_t kLargestCapacity = std::size_t{1} << 40;
+  static constexpr std::size_t kLargestCapacity = std::size_t{512} << 30;
 
   // `capacity` is rounded down to the granularity and must leave at least one page.
   explicit HostDevice(std::size_t capacity);

@@ -82,7 +82,7 @@ void bind_context(py::module_& module) {
       .def_property_readonly("counters", &Context::counters);
 
   py::class_<Session>(module, "Session")
-      .def(py::init<std::shared_ptr<Context>>(), py::arg("context"))
+      .def(py::init<std::shared_ptr<Context>>(), py::arg("context").none(false))
       .def("enter", &Session::enter)
       .def("exit", &Session::exit);
 
@@ -99,15 +99,25 @@ void bind_manager(py::module_& module) {
   bind_context(module);
 
   py::class_<Manager, std::shared_ptr<Manager>>(module, "Manager")
-      .def(py::init(&Manager::make), py::arg("device"))
+      .def(py::init(&Manager::make), py::arg("device").none(false))
       .def(
           "create_context",
-          [](Manager& self, std::string name, std::size_t max, std::size_t base, Tier tier) {
-            return self.create_context({std::move(name), max, base, tier});
+          [](const py::object& self, std::string name, std::size_t max, std::size_t base,
+             Tier tier) {
+            auto& manager = self.cast<Manager&>();
+            std::shared_ptr<Context> context;
+            {
+              const py::gil_scoped_release unlocked;
+              context = manager.create_context({std::move(name), max, base, tier});
+            }
+            // Not py::keep_alive: it crashes when an argument does not convert.
+            py::object result = py::cast(context);
+            py::detail::keep_alive_impl(result, self);
+            return result;
           },
           py::arg("name"), py::arg("max"), py::arg("base") = 0,
-          py::arg_v("tier", Tier::burstable, "Tier.burstable"), py::keep_alive<0, 1>(), Unlocked())
-      .def("destroy_context", &Manager::destroy_context, py::arg("context"), Unlocked())
+          py::arg_v("tier", Tier::burstable, "Tier.burstable"))
+      .def("destroy_context", &Manager::destroy_context, py::arg("context").none(false), Unlocked())
       .def("resize_context", &Manager::resize_context, py::arg("context"), py::arg("max"),
            py::arg("base"), Unlocked())
       .def("usage", &Manager::usage, py::arg("context"), Unlocked())
@@ -117,7 +127,7 @@ void bind_manager(py::module_& module) {
 
   module.def("install_cpu_allocator", &install_cpu_allocator);
   module.def("uninstall_cpu_allocator", &uninstall_cpu_allocator);
-  module.def("guard_forks", &guard_forks, py::arg("manager"));
+  module.def("guard_forks", &guard_forks, py::arg("manager").none(false));
   module.def("format_bytes", &format_bytes, py::arg("bytes"));
 }
 

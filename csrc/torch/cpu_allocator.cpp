@@ -74,6 +74,8 @@ void install_cpu_allocator() {
   if (current == &instance()) return;
   TORCH_CHECK(current->raw_deleter() != nullptr,
               "the CPU allocator that is installed cannot free raw pointers");
+  TORCH_CHECK(stock == nullptr || stock == current,
+              "another CPU allocator was installed since pygpukit_torch was initialized before");
   stock = current;
   stock_delete = current->raw_deleter();
   c10::SetAllocator(c10::DeviceType::CPU, &instance());
