@@ -2,7 +2,9 @@
 device calls that fail at any time. After every step the books are right and every byte is."""
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from hypothesis import settings
@@ -10,10 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pygpukit_torch import AdmissionError, DeviceError, native
-from pygpukit_torch.native import Tier
+from pygpukit_torch.native import Device, Tier
 
 MB = 1 << 20
-CAPACITY = 32 * MB
 SIZES = st.integers(1, 24).map(lambda n: n * MB // 2)
 REFUSALS = (torch.OutOfMemoryError, AdmissionError, DeviceError)
 
@@ -46,60 +47,67 @@ class Model:
 
 
 class ManagerMachine(RuleBasedStateMachine):
-    """Drives the native manager and a model of what each context holds."""
+    """Drives the native manager and a model of what each context holds.
 
-    @initialize()
-    def start(self) -> None:
-        self.device = native.HostDevice(CAPACITY)
+    Whether a request must succeed or fail is told by what the manager says is available, which
+    is thereby tested too; only a fault that strikes in the very operation excuses a refusal.
+    """
+
+    @initialize(scale=st.sampled_from([1, 16]))
+    def start(self, scale: int) -> None:
+        """At the larger scale budgets have pages of 2, 4 and 8 MiB, at the smaller of 2 only."""
+        self.scale = scale
+        self.capacity = 32 * MB * scale
+        self.device = native.HostDevice(self.capacity)
         self.manager = native.Manager(self.device)
         self.live: list[Model] = []
         self.orphans: list[Model] = []
         self.serial = 0
-        self.faulty = False
+        self.fault_at = 0
 
-    def refused(self) -> None:
-        """A refusal is only allowed to an injected fault or to lack of room; checked by callers."""
-        self.device.inject_fault(0)
-        self.faulty = False
-
-    def room_for(self, model: Model | None) -> int:
-        """Bytes that nobody else can claim, page rounding left out: a lower bound."""
-        others = [m for m in self.live + self.orphans if m is not model]
-        pages = sum(max(m.base, sum(b.size + 4 * MB for b in m.blocks)) for m in others)
-        return CAPACITY - pages
+    def attempt(self, operation: Callable[[], Any]) -> tuple[Any, Exception | None, bool]:
+        """What it returned, what it raised, and whether the fault struck in it."""
+        before = self.device.count(Device.Call.any)
+        result, error = None, None
+        try:
+            result = operation()
+        except REFUSALS as raised:
+            error = raised
+        struck = before < self.fault_at <= self.device.count(Device.Call.any)
+        return result, error, struck
 
     @rule(size=SIZES, share=st.sampled_from([0, 0, 1, 2]), best_effort=st.booleans())
     def create(self, size: int, share: int, best_effort: bool) -> None:
-        size = max(size, 2 * MB)
+        size = max(size, 2 * MB) * self.scale
         base = size * share // 2
         tier = {0: Tier.best_effort if best_effort else Tier.burstable, 1: Tier.burstable}.get(
             share, Tier.guaranteed
         )
         self.serial += 1
-        fits = base <= self.room_for(None)
-        try:
-            context = self.manager.create_context(f"c{self.serial}", size, base, tier)
-        except REFUSALS:
-            assert self.faulty or not fits
-            self.refused()
-            return
-        self.live.append(Model(context, size, base))
+        available = self.manager.device_usage().available
+        context, error, struck = self.attempt(
+            lambda: self.manager.create_context(f"c{self.serial}", size, base, tier)
+        )
+        assert struck or (error is None) == (base <= available)
+        if error is None:
+            self.live.append(Model(context, size, base))
 
     @precondition(lambda self: self.live)
     @rule(data=st.data(), size=st.one_of(st.integers(1, 4096), st.integers(1, 8 * MB)))
     def allocate(self, data: st.DataObject, size: int) -> None:
         model = data.draw(st.sampled_from(self.live), label="context")
-        fits_base = model.used == 0 and -(-size // (2 * MB)) * 2 * MB <= model.base
-        try:
-            address = model.context.allocate(size)
-        except torch.OutOfMemoryError:
-            # Nothing may keep an empty context from its own reservation.
-            assert self.faulty or not fits_base
-            self.refused()
-            return
-        block = Block(address, size, len(model.blocks) % 255 + 1)
-        block.write()
-        model.blocks.append(block)
+        size *= self.scale
+        granular = -(-size // 512) * 512
+        available = self.manager.usage(model.context).available
+        address, error, struck = self.attempt(lambda: model.context.allocate(size))
+        if granular > available:
+            assert error is not None, "more was handed out than was available"
+        elif not model.blocks:
+            assert struck or error is None, "an empty context did not get what was available"
+        if error is None:
+            block = Block(address, size, len(model.blocks) % 255 + 1)
+            block.write()
+            model.blocks.append(block)
 
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
@@ -124,26 +132,35 @@ class ManagerMachine(RuleBasedStateMachine):
             self.orphans.append(model)
 
     @precondition(lambda self: self.live)
-    @rule(data=st.data(), size=SIZES)
-    def resize(self, data: st.DataObject, size: int) -> None:
+    @rule(data=st.data(), size=SIZES, full_base=st.booleans())
+    def resize(self, data: st.DataObject, size: int, full_base: bool) -> None:
         model = data.draw(st.sampled_from(self.live), label="context")
-        size = max(size, 2 * MB)
-        guaranteed = model.context.tier == Tier.guaranteed
-        base = size if guaranteed else min(model.base, size)
+        size = max(size, 2 * MB) * self.scale
+        page = model.context.page_bytes
+        tier = model.context.tier
+        base = size if tier == Tier.guaranteed else min(model.base, size)
+        if full_base and tier == Tier.burstable:
+            base = size
+        usage = self.manager.usage(model.context)
+        available = self.manager.device_usage().available
         try:
-            self.manager.resize_context(model.context, size, base)
+            _, error, struck = self.attempt(
+                lambda: self.manager.resize_context(model.context, size, base)
+            )
         except ValueError:
-            assert model.used > 0, "only live tensors keep a context from shrinking"
-        except REFUSALS:
-            assert self.faulty or base > 0
-            self.refused()
-        else:
+            # At worst every block lies on pages of its own.
+            pages = sum(block.size // page + 2 for block in model.blocks)
+            assert size < page or size < pages * page
+            return
+        if error is None:
             model.max, model.base = size, base
+        else:
+            assert struck or base > max(available, usage.base), "a resize was refused for nothing"
 
     @rule(calls=st.integers(1, 12))
     def fault(self, calls: int) -> None:
         self.device.inject_fault(calls)
-        self.faulty = True
+        self.fault_at = self.device.count(Device.Call.any) + calls
 
     @invariant()
     def books_and_bytes_are_right(self) -> None:
@@ -169,7 +186,7 @@ class ManagerMachine(RuleBasedStateMachine):
                 model.context.free(block.address)
         for model in self.live:
             self.manager.destroy_context(model.context)
-        whole = self.manager.create_context("whole", CAPACITY, CAPACITY, Tier.guaranteed)
+        whole = self.manager.create_context("whole", self.capacity, self.capacity, Tier.guaranteed)
         self.manager.check_invariants()
         assert len(self.manager.device_usage().contexts) == 1
         self.manager.destroy_context(whole)

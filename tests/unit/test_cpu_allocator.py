@@ -327,6 +327,48 @@ def test_place_beyond_the_budget_leaves_the_module(context: pgk.ExecutionContext
     assert used(context) == 0
 
 
+def test_place_keeps_lazy_conjugates_and_negations(context: pgk.ExecutionContext) -> None:
+    values = torch.randn(4, dtype=torch.cfloat)
+    for tensor in (values.conj(), values.conj().imag, values.conj()[1:]):
+        assert torch.equal(context.place(tensor), tensor)
+
+
+def test_place_of_storages_that_share_an_address(context: pgk.ExecutionContext) -> None:
+    array = np.arange(100.0)
+
+    class Overlapping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("short", torch.from_numpy(array[:10]))
+            self.register_buffer("long", torch.from_numpy(array))
+
+    module = context.place(Overlapping())
+    assert module.long.tolist() == array.tolist()
+    assert module.short.tolist() == array[:10].tolist()
+    assert module.short.data_ptr() == module.long.data_ptr()
+
+
+def test_place_ignores_the_default_device(context: pgk.ExecutionContext) -> None:
+    tensor = torch.arange(10)
+    with torch.device("meta"):
+        placed = context.place(tensor)
+    assert torch.equal(placed, tensor)
+
+
+def test_place_names_what_it_cannot_place(context: pgk.ExecutionContext) -> None:
+    with pytest.raises(TypeError, match=r"the tensor cannot be placed: it is torch.sparse_coo"):
+        context.place(torch.eye(3).to_sparse())
+    with pytest.raises(TypeError, match="strided on meta, not a dense CPU tensor"):
+        context.place(torch.empty(3, device="meta"))
+    with pytest.raises(TypeError, match="it is quantized"):
+        context.place(torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8))
+    embedding = nn.Embedding(4, 4, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(TypeError, match="the gradient of 'weight' cannot be placed"):
+        context.place(embedding)
+    assert used(context) == 0
+
+
 def test_place_takes_modules_and_tensors_only(context: pgk.ExecutionContext) -> None:
     with pytest.raises(TypeError, match="module or a tensor, got list"):
         context.place([torch.ones(1)])  # type: ignore[type-var]

@@ -1,5 +1,6 @@
 """What a forked child may do: read, write for itself, free; but not use the device."""
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import pygpukit_torch as pgk
 from pygpukit_torch import MB, ForkError
+from pygpukit_torch import runtime as pgk_runtime
 
 pytestmark = [
     pytest.mark.usefixtures("scheduler"),
@@ -148,6 +150,44 @@ def test_using_the_device_in_a_child_is_a_clear_error(context: pgk.ExecutionCont
     texts = in_child(attempt)
     assert len(texts) == 10
     assert all("forked child" in text for text in texts)
+
+
+def test_a_child_does_not_wait_for_locks_of_threads_it_lost(
+    context: pgk.ExecutionContext,
+) -> None:
+    runtime = pgk_runtime.get_or_initialize()
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with runtime.lock:
+            held.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(60)
+
+    def attempt() -> int:
+        refused = 0
+        actions: list[Callable[[], object]] = [
+            context.destroy,
+            lambda: context.resize(8 * MB),
+            context.stream.synchronize,
+            lambda: pgk.record_event(context),
+            pgk.stats,
+        ]
+        for action in actions:
+            with contextlib.suppress(ForkError):
+                action()
+                continue
+            refused += 1
+        return refused
+
+    try:
+        assert in_child(attempt) == 5
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_a_child_of_a_process_without_a_device_can_have_its_own() -> None:

@@ -286,6 +286,108 @@ def test_freeing_what_is_not_live_is_refused(fixture: Fixture) -> None:
     fixture.manager.check_invariants()
 
 
+@pytest.mark.parametrize(
+    ("small", "large", "reserved"),
+    [(64, 192, 128), (64, 192, 256), (128, 128, 192), (32, 224, 250)],
+)
+def test_a_reservation_beside_spare_pages_of_other_sizes(
+    small: int, large: int, reserved: int
+) -> None:
+    """The device is full of cached pages of two sizes; the reservation needs those of one."""
+    fixture = Fixture(256 * MB)
+    first, second = fixture.create("first", 128 * MB), fixture.create("second", 256 * MB)
+    assert (first.page_bytes, second.page_bytes) == (2 * MB, 4 * MB)
+    first.free(first.allocate(small * MB))
+    second.free(second.allocate(large * MB))
+    context = fixture.create("reserved", reserved * MB, reserved * MB)
+    fixture.manager.check_invariants()
+    context.allocate(reserved * MB // context.page_bytes * context.page_bytes)
+    fixture.manager.check_invariants()
+
+
+def test_a_request_beyond_its_own_budget_costs_others_nothing(fixture: Fixture) -> None:
+    other = fixture.create("other", 64 * MB)
+    other.free(other.allocate(40 * MB))
+    context = fixture.create("a", 16 * MB)
+    context.allocate(10 * MB)
+    with pytest.raises(torch.OutOfMemoryError):
+        context.allocate(10 * MB)
+    assert fixture.resident(other) == 40 * MB
+
+
+def test_a_refusal_costs_others_nothing(fixture: Fixture) -> None:
+    holder = fixture.create("holder", 64 * MB)
+    holder.allocate(20 * MB)
+    hoarder = fixture.create("hoarder", 64 * MB)
+    hoarder.free(hoarder.allocate(40 * MB))
+    with pytest.raises(torch.OutOfMemoryError):
+        fixture.create("a", 64 * MB).allocate(50 * MB)
+    with pytest.raises(AdmissionError):
+        fixture.create("b", 50 * MB, 50 * MB)
+    assert (fixture.resident(hoarder), fixture.resident(holder)) == (40 * MB, 20 * MB)
+    fixture.manager.check_invariants()
+
+
+def test_a_context_cannot_be_resized_below_one_of_its_pages() -> None:
+    fixture = Fixture(4096 * MB)
+    context = fixture.create("a", 4096 * MB)
+    with pytest.raises(
+        ValueError, match=r"pages of 32\.00 MiB and cannot be resized to 16\.00 MiB"
+    ):
+        fixture.manager.resize_context(context, 16 * MB, 0)
+    fixture.manager.resize_context(context, 32 * MB, 0)
+    context.allocate(32 * MB)
+
+
+def test_contexts_belong_to_their_manager(fixture: Fixture) -> None:
+    other = Fixture()
+    context, namesake = fixture.create("a", 8 * MB), other.create("a", 8 * MB)
+    for call in (
+        lambda: fixture.manager.destroy_context(namesake),
+        lambda: fixture.manager.resize_context(namesake, 16 * MB, 0),
+    ):
+        with pytest.raises(ValueError, match="belongs to another device"):
+            call()
+    assert fixture.manager.usage(context).max == 8 * MB
+    other.manager.check_invariants()
+
+
+def test_misuse_of_the_native_names_raises(fixture: Fixture) -> None:
+    context = fixture.create("a", 8 * MB)
+    with pytest.raises(ValueError, match="at least one byte"):
+        context.allocate(0)
+    for arguments in (("b", -1), (1, 8 * MB), ("b", "x"), ("\ud800", 8 * MB)):
+        with pytest.raises((TypeError, ValueError)):
+            fixture.manager.create_context(*arguments)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        native.Manager(None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        native.Session(None)  # type: ignore[arg-type]
+    fixture.manager.check_invariants()
+
+
+def test_blocks_may_outlive_their_manager_without_a_word() -> None:
+    context = Fixture().create("a", 8 * MB)
+    block = context.allocate(MB)
+    ctypes.memset(block, 1, MB)
+    context.free(block)
+
+
+def test_an_address_range_is_anothers_at_once(fixture: Fixture) -> None:
+    """Ranges are reused by whoever reserves next: owners must not be mixed up."""
+    for index in range(50):
+        context = fixture.create(f"c{index}", 8 * MB)
+        block = context.allocate(MB)
+        fixture.manager.destroy_context(context)
+        successor = fixture.create(f"s{index}", 8 * MB)
+        other = successor.allocate(MB)
+        context.free(block)
+        assert successor.block_bytes(other) == MB
+        successor.free(other)
+        fixture.manager.destroy_context(successor)
+    fixture.manager.check_invariants()
+
+
 # Failures ------------------------------------------------------------------------------------
 
 

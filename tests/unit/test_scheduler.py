@@ -20,6 +20,7 @@ from pygpukit_torch import (
     PyGPUKitError,
     QoSPolicy,
 )
+from pygpukit_torch import runtime as pgk_runtime
 
 pytestmark = pytest.mark.usefixtures("scheduler")
 
@@ -131,6 +132,15 @@ def test_shutdown_needs_the_contexts_gone_and_may_be_repeated() -> None:
     assert pgk.stats().capacity == 64 * MB
 
 
+def test_a_context_is_not_created_on_a_device_that_was_shut_down() -> None:
+    """What happens when another thread shuts down while this one creates."""
+    runtime = pgk_runtime.get_or_initialize()
+    pgk.shutdown()
+    with pytest.raises(InitializationError, match="shutdown"):
+        runtime.create("late", 4 * MB, 0, QoSPolicy.BURSTABLE)
+    pgk.initialize(device="cpu", total_vram=64 * MB)
+
+
 def in_fresh_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     import os
 
@@ -211,6 +221,16 @@ WRONG_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: pgk.create_context(7, 4 * MB),  # type: ignore[arg-type]
         TypeError,
         "name must be a str, got int 7",
+    ),
+    "name that is no text": (
+        lambda: pgk.create_context("\ud800", 4 * MB),
+        ValueError,
+        "name must be printable text",
+    ),
+    "device number of a wrong type": (
+        lambda: pgk.create_context("b", 4 * MB, device_id="0"),  # type: ignore[arg-type]
+        TypeError,
+        "device_id must be an int, got str '0'",
     ),
     "negative size": (lambda: pgk.create_context("b", -1), ValueError, "max_vram must be positive"),
     "zero size": (lambda: pgk.create_context("b", 0), ValueError, "max_vram must be positive"),

@@ -160,3 +160,14 @@ def test_creating_and_destroying_beside_sessions_in_other_threads() -> None:
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_a_session_that_is_dropped_while_entered_is_left(a: pgk.ExecutionContext) -> None:
+    session = pgk.context_session(a)
+    session.__enter__()
+    session.__enter__()
+    assert pgk.current_context() is a
+    del session
+    assert pgk.current_context() is None
+    assert a.state == "idle"
+    a.destroy()

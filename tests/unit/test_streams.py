@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pygpukit_torch as pgk
-from pygpukit_torch import MB
+from pygpukit_torch import MB, ContextDestroyedError
 from pygpukit_torch import runtime as pgk_runtime
 
 pytestmark = pytest.mark.usefixtures("scheduler")
@@ -72,6 +72,15 @@ def test_streams_order_each_other(
     assert not event.query()
     threading.Timer(0.02, device.let_go, [producer.stream.id]).start()
     event.wait(consumer.stream)
+    assert event.query()
+
+
+def test_streams_of_a_destroyed_context_say_so(producer: pgk.ExecutionContext) -> None:
+    stream, event = producer.stream, pgk.record_event(producer)
+    producer.destroy()
+    for call in (stream.synchronize, stream.query, stream.record_event):
+        with pytest.raises(ContextDestroyedError, match="'producer' has been destroyed"):
+            call()
     assert event.query()
 
 
