@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import random
 from types import SimpleNamespace
 
@@ -11,28 +10,10 @@ import torch
 
 from pygpukit_torch import DeviceError, native
 from pygpukit_torch.native import Device, Tier
+from tests.device_memory import DeviceMemory
 
 MB = 1 << 20
 GB = 1 << 30
-
-
-class Vram:
-    """Reads and writes device memory through the device's own copies."""
-
-    def __init__(self, device: Device) -> None:
-        self.device = device
-        self.stream = device.create_stream()
-
-    def write(self, address: int, data: bytes) -> None:
-        buffer = ctypes.create_string_buffer(data, len(data))
-        self.device.copy(address, ctypes.addressof(buffer), len(data), self.stream)
-        self.device.synchronize_stream(self.stream)
-
-    def read(self, address: int, size: int) -> bytes:
-        buffer = ctypes.create_string_buffer(size)
-        self.device.copy(ctypes.addressof(buffer), address, size, self.stream)
-        self.device.synchronize_stream(self.stream)
-        return buffer.raw
 
 
 def free_vram() -> int:
@@ -154,7 +135,7 @@ def test_failures_lose_nothing(device: native.CudaDevice, call: str) -> None:
 
 
 def test_a_random_program_keeps_books_and_bytes(device: native.CudaDevice) -> None:
-    manager, vram, choice = native.Manager(device), Vram(device), random.Random(11)
+    manager, vram, choice = native.Manager(device), DeviceMemory(device), random.Random(11)
     contexts = [
         manager.create_context("guaranteed", GB, GB, Tier.guaranteed),
         manager.create_context("burstable", 3 * GB, 512 * MB),

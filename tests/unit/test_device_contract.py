@@ -9,6 +9,7 @@ import torch
 
 from pygpukit_torch import DeviceError, native
 from pygpukit_torch.native import Device
+from tests.device_memory import DeviceMemory
 
 CAPACITY = 32 << 20
 PAGE = 2 << 20
@@ -24,25 +25,6 @@ def device(request: pytest.FixtureRequest) -> Device:
     return DEVICES[request.param]()
 
 
-class Memory:
-    """Reads and writes device memory through the device's own copies."""
-
-    def __init__(self, device: Device) -> None:
-        self.device = device
-        self.stream = device.create_stream()
-
-    def write(self, address: int, data: bytes) -> None:
-        buffer = ctypes.create_string_buffer(data, len(data))
-        self.device.copy(address, ctypes.addressof(buffer), len(data), self.stream)
-        self.device.synchronize_stream(self.stream)
-
-    def read(self, address: int, size: int) -> bytes:
-        buffer = ctypes.create_string_buffer(size)
-        self.device.copy(ctypes.addressof(buffer), address, size, self.stream)
-        self.device.synchronize_stream(self.stream)
-        return buffer.raw
-
-
 def test_properties(device: Device) -> None:
     assert device.capacity == CAPACITY
     assert device.granularity == PAGE
@@ -50,7 +32,7 @@ def test_properties(device: Device) -> None:
 
 
 def test_mapped_memory_keeps_what_is_written(device: Device) -> None:
-    memory = Memory(device)
+    memory = DeviceMemory(device)
     address = device.reserve(8 * PAGE, ALIGNMENT)
     assert address % ALIGNMENT == 0
     handle = device.create(2 * PAGE)
@@ -61,7 +43,7 @@ def test_mapped_memory_keeps_what_is_written(device: Device) -> None:
 
 
 def test_a_handle_keeps_its_contents_when_it_moves(device: Device) -> None:
-    memory = Memory(device)
+    memory = DeviceMemory(device)
     address = device.reserve(8 * PAGE, ALIGNMENT)
     handle = device.create(PAGE)
     device.map(address, handle)
@@ -108,7 +90,7 @@ def test_sizes_are_multiples_of_the_granularity(device: Device, size: int) -> No
 
 
 def test_work_of_a_stream_runs_in_order(device: Device) -> None:
-    memory = Memory(device)
+    memory = DeviceMemory(device)
     address = device.reserve(PAGE, PAGE)
     device.map(address, device.create(PAGE))
     memory.write(address, b"1234")
@@ -133,7 +115,7 @@ def test_priorities_are_clamped(device: Device) -> None:
 )
 def test_a_failed_call_changes_nothing(device: Device, call: Device.Call) -> None:
     """Runs every kind of call, fails one kind, and runs the very same call again."""
-    memory = Memory(device)
+    memory = DeviceMemory(device)
 
     def attempt(kind: Device.Call, action: Callable[[], object]) -> object:
         if kind == call:
