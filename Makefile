@@ -9,7 +9,8 @@ BIN    := $(VENV)/bin
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h)
 # Extensions that benchmarks build at run time look for ninja on the path.
 export PATH := $(abspath $(BIN)):$(PATH)
-# CPU threads beyond the cores only make the models slower.
+# CPU threads beyond the cores only make the models slower. (The demo runs with one thread for each
+# model: importing silero_vad sets that for the process.)
 export OMP_NUM_THREADS ?= $(shell nproc)
 
 .PHONY: all build demo test gpu-test lint format bench clean

@@ -187,7 +187,7 @@ def main() -> None:
     vision_context = create_context("vision", 32 * MB, qos=QoSPolicy.BEST_EFFORT)
     print(f"Still free for a reservation: {get_available_vram() / MB:.0f} M")
 
-    print("\nLoading the models (the language model takes some 15 seconds) ...")
+    print("\nLoading the models (the language model takes about half a minute) ...")
     vision = Vision(vision_context)
     speech = Speech(speech_context)
     language = Language(language_context)
@@ -225,7 +225,7 @@ def main() -> None:
     if "Paris" not in answer:
         sys.exit("the language model did not find Paris")
     if min(accuracy, again) <= 0.9:
-        sys.exit("the vision model reads less than 90 % of the digits")
+        sys.exit("the vision model does not read more than 90 % of the digits")
 
 
 if __name__ == "__main__":
