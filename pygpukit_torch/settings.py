@@ -135,8 +135,7 @@ def free_host_memory() -> int:
 
 def describe(settings: Settings) -> str:
     """One line for people."""
-    kind = "host memory, CPU tensors" if settings.device == "cpu" else "CUDA"
     return (
-        f"{settings.device}:{settings.device_id} ({kind}), "
+        f"{settings.device}:{settings.device_id} (host memory, CPU tensors), "
         f"capacity {format_bytes(settings.total_vram)}"
     )

@@ -56,8 +56,7 @@ class Manager : public std::enable_shared_from_this<Manager> {
   // Throws ErrorCode::context_destroyed if nothing of the context is left.
   Usage usage(const Context& context) const;
   DeviceUsage device_usage() const;
-  Device& device() const { return *device_; }
-  std::shared_ptr<Device> shared_device() const { return device_; }
+  std::shared_ptr<Device> device() const { return device_; }
 
   // For Context only: what its hot path could not do.
   void* allocate_slow(Context& context, std::size_t bytes);

@@ -30,8 +30,6 @@ class Session {
   // In a forked child it does nothing: no session survives a fork.
   void exit();
 
-  const std::shared_ptr<Context>& context() const { return context_; }
-
  private:
   std::shared_ptr<Context> context_;
   std::uint64_t id_;

@@ -123,7 +123,7 @@ void bind_manager(py::module_& module) {
       .def("usage", &Manager::usage, py::arg("context"), Unlocked())
       .def("device_usage", &Manager::device_usage, Unlocked())
       .def("check_invariants", &Manager::check_invariants, Unlocked())
-      .def_property_readonly("device", &Manager::shared_device);
+      .def_property_readonly("device", &Manager::device);
 
   module.def("install_cpu_allocator", &install_cpu_allocator);
   module.def("uninstall_cpu_allocator", &uninstall_cpu_allocator);

@@ -10,7 +10,9 @@
 
 namespace pgk {
 
-// Makes it torch's CPU allocator. Contexts of any manager may be used in sessions then.
+// Makes it torch's CPU allocator. Contexts of any manager may be used in sessions then. Throws
+// c10::Error if what it would take over from is not what it took over from before: pointers of
+// both would have to be told apart.
 void install_cpu_allocator();
 // Puts back what was there. Blocks that are still alive are freed correctly all the same.
 void uninstall_cpu_allocator();
