@@ -1,7 +1,7 @@
 """Builds the native module against the torch that is installed.
 
-With a CUDA torch the CUDA device is built in. That takes the driver's header and nothing else: it
-comes with the CUDA runtime that torch depends on, or with a toolkit.
+With a CUDA torch the CUDA device is built in. That takes the CUDA runtime's headers and nothing else:
+they come as wheels that torch depends on (nvidia-cuda-crt it does not), or with a toolkit.
 """
 
 import os
@@ -10,7 +10,6 @@ from glob import glob
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
-import pybind11
 import torch
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
@@ -30,28 +29,33 @@ class Build(BuildExtension):
 
 
 def cuda_headers() -> str:
-    """Find the folder of cuda.h."""
-    try:
-        wheel = files("nvidia-cuda-runtime") or []
-    except PackageNotFoundError:
-        wheel = []
-    headers = [str(file.locate()) for file in wheel if file.name == "cuda.h"]
-    toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    for header in [*headers, f"{toolkit}/include/cuda.h"]:
-        if os.path.exists(header):
-            return os.path.dirname(header)
+    """Find the folder of the CUDA runtime's headers: in torch's wheels, or in a toolkit."""
+    folders = []
+    for wheel in ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12"):
+        try:
+            headers = [file for file in files(wheel) or [] if file.name == "cuda.h"]
+        except PackageNotFoundError:
+            continue
+        folders += [os.path.dirname(str(header.locate())) for header in headers]
+    folders.append(os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "include"))
+    for folder in folders:
+        if all(os.path.exists(f"{folder}/{name}") for name in ("cuda.h", "crt/host_defines.h")):
+            return folder
     sys.exit(
-        f"torch {torch.__version__} is a CUDA build, but cuda.h was not found: "
-        "pip install nvidia-cuda-runtime, or set CUDA_HOME to a toolkit"
+        f"torch {torch.__version__} is a CUDA build, but the CUDA runtime's headers were not found "
+        f"in any of {', '.join(folders)}: pip install nvidia-cuda-runtime nvidia-cuda-crt, or set "
+        "CUDA_HOME to a toolkit"
     )
 
 
 sources = sorted(glob("csrc/*/*.cpp"))
 system_headers = include_paths()
 flags = ["-std=c++20", "-O3", "-g1"]
+libraries = []
 if torch.version.cuda:
     system_headers.append(cuda_headers())
     flags.append("-DPGK_WITH_CUDA")
+    libraries += ["c10_cuda", "torch_cuda"]
 else:
     sources = [source for source in sources if not Path(source).name.startswith("cuda_")]
 if os.environ.get("PYGPUKIT_STRICT"):
@@ -63,7 +67,8 @@ setup(
         CppExtension(
             f"{PACKAGE}.native",
             sources,
-            include_dirs=[os.path.abspath("csrc"), pybind11.get_include()],
+            include_dirs=[os.path.abspath("csrc")],
+            libraries=libraries,
             extra_compile_args=flags,
         )
     ],

@@ -28,7 +28,7 @@ def info() -> list[tuple[str, str]]:
         ("used by initialize()", _or_why(_default_device)),
         ("free host memory", format_bytes(free_host_memory())),
         ("CPU tensors", _or_why(_host_device_works)),
-        ("CUDA tensors", f"not available: {why_no_cuda()}"),
+        ("CUDA tensors", _or_why(_cuda_works)),
         ("eviction", "not available: comes with a later version"),
         ("partitions", "not available: come with a later version"),
         *((f"for the demo: {package}", _installed(package)) for package in DEMO_PACKAGES),
@@ -43,12 +43,20 @@ def _installed(package: str) -> str:
 
 
 def _default_device() -> str:
-    return describe(Wishes(device="cpu").resolve())
+    return describe(Wishes(device=None if why_no_cuda() is None else "cpu").resolve())
 
 
 def _host_device_works() -> str:
     device = native.HostDevice(native.HostDevice.GRANULARITY)
     native.Manager(device).create_context("probe", device.capacity).allocate(1)
+    return "available: contexts with budgets and reservations"
+
+
+def _cuda_works() -> str:
+    if missing := why_no_cuda():
+        return f"not available: {missing}"
+    device = native.CudaDevice()
+    native.Manager(device).create_context("probe", device.granularity).allocate(1)
     return "available: contexts with budgets and reservations"
 
 

@@ -10,7 +10,7 @@ from pygpukit_torch.memory import ContextUsage, check_bytes, format_bytes
 from pygpukit_torch.placement import copy_into_current
 from pygpukit_torch.qos import QoSPolicy
 from pygpukit_torch.session import ContextSession
-from pygpukit_torch.streams import ContextStream
+from pygpukit_torch.streams import ContextStream, CudaContextStream
 
 if TYPE_CHECKING:
     from pygpukit_torch.runtime import Runtime
@@ -30,9 +30,13 @@ class ExecutionContext:
         self._native = handle
         self._name = handle.name
         self._qos = qos
-        self._stream = ContextStream(
-            runtime.device, handle.stream, self._require_alive, runtime.check_process
-        )
+        self._stream: ContextStream | CudaContextStream
+        if runtime.settings.device == "cuda":
+            self._stream = CudaContextStream(handle.stream, runtime.settings.device_id)
+        else:
+            self._stream = ContextStream(
+                runtime.device, handle.stream, self._require_alive, runtime.check_process
+            )
         usage = runtime.manager.usage(handle)
         self._max_vram = usage.max
         self._base_vram = usage.base
@@ -58,7 +62,7 @@ class ExecutionContext:
         return self._qos
 
     @property
-    def stream(self) -> ContextStream:
+    def stream(self) -> ContextStream | CudaContextStream:
         """The context's own stream."""
         return self._stream
 
@@ -146,7 +150,8 @@ class ExecutionContext:
         """Copy what ``target`` holds into the context, and charge it there.
 
         For storage that torch did not allocate in a session of the context: weights that were
-        loaded elsewhere, memory-mapped files, ``torch.from_numpy``. What is in the context
+        loaded elsewhere, memory-mapped files, ``torch.from_numpy``. On CUDA it brings what is in
+        host memory to the device, as ``.to("cuda")`` in a session does. What is in the context
         already is not copied. Shared storages stay shared within one call.
 
         Args:
@@ -157,14 +162,15 @@ class ExecutionContext:
             given one did, but has neither its history nor its gradient.
 
         Raises:
-            TypeError: something in it is not a dense CPU tensor; a module is then as before.
+            TypeError: something in it is not a dense tensor on the CPU or the device; a module is
+                then as before.
             torch.OutOfMemoryError: the budget does not suffice; a module is then as before.
             ContextDestroyedError: it has been destroyed.
         """
         if not isinstance(target, torch.nn.Module | torch.Tensor):
             raise TypeError(f"place() takes a module or a tensor, got {type(target).__name__}")
         with ContextSession(self):
-            return copy_into_current(self._native, target)
+            return copy_into_current(self._native, self._runtime.torch_device, target)
 
     def destroy(self) -> None:
         """Give the name and the reservation back.

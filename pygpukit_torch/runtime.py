@@ -3,8 +3,11 @@
 import os
 import threading
 
-from pygpukit_torch import native
+import torch
+
+from pygpukit_torch import native, threads
 from pygpukit_torch.context import ExecutionContext
+from pygpukit_torch.devices import open_backend
 from pygpukit_torch.errors import (
     ContextBusyError,
     ContextNotFoundError,
@@ -23,13 +26,21 @@ class Runtime:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.device = native.HostDevice(settings.total_vram)
-        self.manager = native.Manager(self.device)
+        self.backend = open_backend(settings)
+        self.settings = self.backend.settings
+        self.device = self.backend.device
+        self.manager = self.backend.manager
         self.lock = threading.RLock()
         self._contexts: dict[str, ExecutionContext] = {}
         self._process = os.getpid()
         self._closed = False
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where tensors of the contexts are."""
+        if self.settings.device == "cpu":
+            return torch.device("cpu")
+        return torch.device("cuda", self.settings.device_id)
 
     @property
     def is_foreign(self) -> bool:
@@ -75,6 +86,7 @@ class Runtime:
         with self.lock:
             self.manager.destroy_context(context._native)
             del self._contexts[context.name]
+            self.backend.context_destroyed(context._native)
 
     def get(self, name: str) -> ExecutionContext:
         """Find a context by name. Raises ContextNotFoundError."""
@@ -114,7 +126,8 @@ def initialize(wishes: Wishes) -> Runtime:
         if _runtime is None:
             runtime = Runtime(wishes.resolve())
             native.guard_forks(runtime.manager)
-            native.install_cpu_allocator()
+            runtime.backend.install()
+            threads.hand_contexts_on()
             _runtime = runtime
         elif conflicts := wishes.conflicts(_runtime.settings):
             raise InitializationError(
@@ -147,5 +160,6 @@ def shutdown() -> None:
         if runtime is None:
             return
         runtime.close()
-        native.uninstall_cpu_allocator()
+        threads.stop_handing_contexts_on()
+        runtime.backend.uninstall()
         _runtime = None

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from pygpukit_torch import runtime as _runtime
 from pygpukit_torch.context import ExecutionContext
 from pygpukit_torch.errors import ContextNotFoundError
@@ -9,7 +11,7 @@ from pygpukit_torch.memory import GB, KB, MB, ContextUsage, check_bytes
 from pygpukit_torch.qos import QoSPolicy
 from pygpukit_torch.session import ContextSession
 from pygpukit_torch.settings import Wishes, check_device_id
-from pygpukit_torch.streams import ContextEvent, ContextStream
+from pygpukit_torch.streams import ContextEvent, ContextStream, CudaContextStream
 
 __all__ = [
     "GB",
@@ -20,6 +22,7 @@ __all__ = [
     "ContextStats",
     "ContextStream",
     "ContextUsage",
+    "CudaContextStream",
     "ExecutionContext",
     "QoSPolicy",
     "SchedulerStats",
@@ -46,8 +49,12 @@ def initialize(
     device: str | None = None,
     total_vram: int | None = None,
     host_backup: int | None = None,
+    install: bool | None = None,
 ) -> None:
     """Make the device and install the allocator.
+
+    On CUDA, torch's native allocator is decorated: threads in a session are served from their
+    context, all else is native's as before. That also works where CUDA is in use already.
 
     Calling it again is fine as long as no argument asks for something else than there is. What is
     not given comes from the environment (``PYGPUKIT_DEVICE_ID``, ``PYGPUKIT_DEVICE``,
@@ -57,18 +64,23 @@ def initialize(
         device_id: which device of the kind, 0 by default.
         device: ``"cpu"``, the host device; ``"cuda"``; or None for CUDA where it can be had and
             the host device, with a line in the log, where it cannot.
-        total_vram: bytes that all contexts together may hold; 8 GiB by default on the host
-            device, committed as it is used.
+        total_vram: bytes that all contexts together may hold. By default all of the VRAM, or 8 GiB
+            on the host device, committed as it is used.
         host_backup: bytes of host memory for evicted contexts; by default the smaller of
             ``total_vram`` and half of the free host memory. Nothing is evicted yet, so this is
             only recorded.
+        install: False leaves torch's CUDA allocator alone. Sessions then only serve MemPools made
+            with ``torch.cuda.memory.CUDAPluggableAllocator(pygpukit_torch.native.__file__,
+            "pgk_malloc", "pgk_free")``, in whole segments: for processes whose allocator cannot
+            be replaced.
 
     Raises:
-        InitializationError: the device cannot be had, or is initialized in another way.
+        InitializationError: the device cannot be had, is initialized in another way, or torch uses
+            another CUDA allocator than its native one.
         TypeError, ValueError: an argument or an environment variable is no valid value.
         ForkError: this is a forked child of a process that has initialized.
     """
-    _runtime.initialize(Wishes(device, device_id, total_vram, host_backup))
+    _runtime.initialize(Wishes(device, device_id, total_vram, host_backup, install))
 
 
 def shutdown() -> None:
@@ -159,26 +171,37 @@ def current_context() -> ExecutionContext | None:
     return runtime.current() if runtime else None
 
 
-def context_session(context: ExecutionContext) -> ContextSession:
+def context_session(context: ExecutionContext, *, wait: bool = True) -> ContextSession:
     """Return a session: ``with context_session(ctx):`` runs its body in the context.
 
     Inside, what torch allocates on the calling thread is charged to the context and comes out of
-    its memory; memory freed anywhere, at any time, is credited to the context it came from.
+    its memory; memory freed anywhere, at any time, is credited to the context it came from. On CUDA
+    the context's stream is current; its work starts after what the thread had submitted before, and
+    leaving waits until the context's stream is done, so that results can be read right away.
     Sessions nest, and a session object may be entered again, also by other threads.
 
+    Args:
+        context: the context.
+        wait: False neither orders at the start nor waits at the end: for those who order work by
+            events themselves.
+
     Raises:
-        TypeError: ``context`` is no context.
+        TypeError: ``context`` is no context, or ``wait`` no bool.
         ContextDestroyedError: on entering, if it has been destroyed.
-        SessionError: on leaving in another thread than the one that entered.
+        SessionError: on leaving in another thread than the one that entered, and on entering in
+            the middle of a CUDA graph capture.
+        DeviceError: on leaving, if the work on the device failed.
     """
-    return ContextSession(_checked(context))
+    if not isinstance(wait, bool):
+        raise TypeError(f"wait must be a bool, got {type(wait).__name__} {wait!r}")
+    return ContextSession(_checked(context), wait=wait)
 
 
 def get_available_vram() -> int:
     """Bytes of the largest guarantee that would be admitted now.
 
-    The capacity less, for every context, the larger of its base and the pages in which its live
-    tensors lie.
+    The capacity, or what of it the device still has beside memory outside of contexts, less, for
+    every context, the larger of its base and the pages in which its live tensors lie.
     """
     return _runtime.get_or_initialize().manager.device_usage().available
 
@@ -192,13 +215,13 @@ def get_context_usage(context: ExecutionContext) -> ContextUsage:
     return _checked(context).usage()
 
 
-def get_stream(context: ExecutionContext) -> ContextStream:
-    """The context's own stream."""
+def get_stream(context: ExecutionContext) -> ContextStream | CudaContextStream:
+    """The context's own stream; on CUDA a ``torch.cuda.ExternalStream`` of its tier's priority."""
     return _checked(context).stream
 
 
-def record_event(context: ExecutionContext) -> ContextEvent:
-    """Mark the present end of the context's stream.
+def record_event(context: ExecutionContext) -> ContextEvent | torch.cuda.Event:
+    """Mark the present end of the context's stream; on CUDA by a ``torch.cuda.Event``.
 
     Raises:
         ContextDestroyedError: it has been destroyed.
@@ -207,7 +230,7 @@ def record_event(context: ExecutionContext) -> ContextEvent:
     return context.stream.record_event()
 
 
-def wait_event(context: ExecutionContext, event: ContextEvent) -> None:
+def wait_event(context: ExecutionContext, event: ContextEvent | torch.cuda.Event) -> None:
     """Let the context's work from now on start after ``event``.
 
     On the host device the calling thread waits.
@@ -217,7 +240,13 @@ def wait_event(context: ExecutionContext, event: ContextEvent) -> None:
         ContextDestroyedError: the context has been destroyed.
     """
     _checked(context)._require_alive()
-    context.stream.wait_event(event)
+    stream = context.stream
+    if isinstance(stream, ContextStream):
+        stream.wait_event(event)  # type: ignore[arg-type]  # says itself what it does not take
+    elif isinstance(event, torch.cuda.Event):
+        stream.wait_event(event)
+    else:
+        raise TypeError(f"expected an event from record_event, got {type(event).__name__}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,9 @@ class ContextSession:
 
     __slots__ = ("_native", "context")
 
-    def __init__(self, context: "ExecutionContext") -> None:
+    def __init__(self, context: "ExecutionContext", *, wait: bool = True) -> None:
         self.context = context
-        self._native = native.Session(context._native)
+        self._native = native.Session(context._native, wait)
 
     def __enter__(self) -> "ContextSession":
         self._native.enter()

@@ -21,12 +21,13 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Settings:
-    """A complete set of settings. Sizes in bytes."""
+    """A complete set of settings. Sizes in bytes; ``total_vram`` None is all that there is."""
 
     device: str
     device_id: int
-    total_vram: int
-    host_backup: int
+    total_vram: int | None
+    host_backup: int | None
+    install: bool
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Wishes:
     device_id: int | None = None
     total_vram: int | None = None
     host_backup: int | None = None
+    install: bool | None = None
 
     def check(self) -> None:
         """Raise TypeError or ValueError for what no device could be."""
@@ -48,6 +50,8 @@ class Wishes:
             check_bytes("total_vram", self.total_vram)
         if self.host_backup is not None:
             check_bytes("host_backup", self.host_backup, least=0)
+        if self.install is not None and not isinstance(self.install, bool):
+            raise TypeError(f"install must be a bool, got {type(self.install).__name__}")
 
     def or_environment(self) -> "Wishes":
         """Fill in what was not asked for from the ``PYGPUKIT_*`` variables."""
@@ -68,6 +72,7 @@ class Wishes:
             device_id=pick(self.device_id, "device_id", int),
             total_vram=pick(self.total_vram, "total_vram", int),
             host_backup=pick(self.host_backup, "host_backup", int),
+            install=self.install,
         )
 
     def conflicts(self, settings: Settings) -> list[str]:
@@ -87,17 +92,26 @@ class Wishes:
         """
         wishes = self.or_environment()
         wishes.check()
-        if wishes.device == "cuda":
-            raise InitializationError(f"device 'cuda' cannot be used: {why_no_cuda()}")
-        if wishes.device is None:
-            _log.warning("using the host device (CPU tensors): %s", why_no_cuda())
-        if wishes.device_id:
-            raise ValueError(f"device_id {wishes.device_id} does not exist: the host device is 0")
-        total = wishes.total_vram or HOST_CAPACITY
-        backup = wishes.host_backup
-        if backup is None:
-            backup = min(total, free_host_memory() // 2)
-        return Settings("cpu", 0, total, backup)
+        device = wishes.device
+        missing = why_no_cuda()
+        if device is None:
+            device = "cpu" if missing else "cuda"
+            if missing:
+                _log.warning("using the host device (CPU tensors): %s", missing)
+        elif device == "cuda" and missing:
+            raise InitializationError(f"device 'cuda' cannot be used: {missing}")
+        count = torch.cuda.device_count() if device == "cuda" else 1
+        index = wishes.device_id or 0
+        if index >= count:
+            kind = "of the CUDA devices" if device == "cuda" else "of the host device"
+            raise ValueError(f"device_id {index} does not exist: the numbers {kind} end at {count - 1}")
+        total = wishes.total_vram
+        if total is None and device == "cpu":
+            total = HOST_CAPACITY
+        install = wishes.install is not False
+        if not install and device == "cpu":
+            raise ValueError("install=False is for CUDA: nothing else serves CPU tensors")
+        return Settings(device, index, total, wishes.host_backup, install)
 
 
 def check_device_id(name: str, value: object) -> None:
@@ -108,13 +122,13 @@ def check_device_id(name: str, value: object) -> None:
         raise ValueError(f"{name} must not be negative, got {value}")
 
 
-def why_no_cuda() -> str:
-    """Say in a clause why CUDA is not used."""
+def why_no_cuda() -> str | None:
+    """Say in a clause why CUDA cannot be used; None if it can."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    return "this version of pygpukit_torch does not serve CUDA memory yet"
+    return None
 
 
 def free_host_memory() -> int:
@@ -135,7 +149,7 @@ def free_host_memory() -> int:
 
 def describe(settings: Settings) -> str:
     """One line for people."""
-    return (
-        f"{settings.device}:{settings.device_id} (host memory, CPU tensors), "
-        f"capacity {format_bytes(settings.total_vram)}"
-    )
+    what = "VRAM, CUDA tensors" if settings.device == "cuda" else "host memory, CPU tensors"
+    total = settings.total_vram
+    capacity = "all of it" if total is None else f"capacity {format_bytes(total)}"
+    return f"{settings.device}:{settings.device_id} ({what}), {capacity}"

@@ -1,6 +1,6 @@
 """Streams of contexts, and events that order work between them.
 
-On the host device the work of a CPU operator is done when the call returns, so a stream there
+On CUDA they are torch's own: a stream of the driver, wrapped, and ``torch.cuda.Event``. On the host device the work of a CPU operator is done when the call returns, so a stream there
 only carries copies, events and waits; waiting for an event holds the calling thread, because it
 is the thread that would go on to read the data.
 """
@@ -10,6 +10,25 @@ from collections.abc import Callable
 import torch
 
 from pygpukit_torch import native
+
+
+class CudaContextStream(torch.cuda.ExternalStream):
+    """The CUDA stream of one context. Made by :func:`pygpukit_torch.create_context`.
+
+    Usable wherever torch takes a stream. The stream itself is never destroyed: once the context is,
+    it may serve another one.
+    """
+
+    def __new__(cls, handle: int, device_id: int) -> "CudaContextStream":
+        return super().__new__(cls, handle, device=torch.device("cuda", device_id))
+
+    def __init__(self, handle: int, device_id: int) -> None:
+        """Nothing is left to do: the base is made by ``__new__``."""
+
+    @property
+    def id(self) -> int:
+        """The driver's handle, which no other stream of the device has."""
+        return self.cuda_stream
 
 
 class ContextEvent(torch.cpu.Event):

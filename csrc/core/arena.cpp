@@ -10,6 +10,7 @@ Arena::Arena(std::size_t page_bytes, std::uint32_t page_count)
     : page_granules_(static_cast<std::uint32_t>(page_bytes / kGranule)),
       page_shift_(static_cast<std::uint32_t>(std::countr_zero(page_granules_))),
       page_count_(page_count),
+      lanes_(1),
       starts_(page_count) {
   const bool valid = std::has_single_bit(page_bytes) && page_bytes <= 4 * GiB &&
                      page_bytes >= kGranule && page_count > 0 &&
@@ -58,6 +59,7 @@ Arena::Index Arena::split(Index index, std::uint32_t count) {
   rest.start = block.start + count;
   rest.count = block.count - count;
   rest.state = block.state;
+  rest.lane = block.lane;
   rest.previous = index;
   rest.next = block.next;
   if (block.next != 0) blocks_[block.next].previous = upper;
@@ -77,80 +79,130 @@ void Arena::absorb_next(Index index) {
 
 // Allocation ---------------------------------------------------------------------------------
 
-std::uint32_t Arena::allocate_best_fit(std::uint32_t granules) {
-  auto fit = free_.lower_bound({granules, 0});
-  if (fit == free_.end() && cached_blocks_ > 0) {
-    empty_bins();
-    fit = free_.lower_bound({granules, 0});
+Arena::Lane Arena::add_lane() {
+  if (lanes_.size() == kMostLanes) {
+    throw Error(ErrorCode::invalid_value, "an arena serves at most " + std::to_string(kMostLanes) +
+                                              " streams");
   }
-  if (fit == free_.end()) return kNone;
+  lanes_.emplace_back();
+  return static_cast<Lane>(lanes_.size() - 1);
+}
+
+std::uint32_t Arena::allocate_best_fit(std::uint32_t granules, Lane lane) {
+  FreeLists& lists = lanes_[lane];
+  auto fit = lists.free.lower_bound({granules, 0});
+  if (fit == lists.free.end() && lists.cached_blocks > 0) {
+    empty_bins(lane);
+    fit = lists.free.lower_bound({granules, 0});
+  }
+  if (fit == lists.free.end()) return kNone;
   const Index index = start_entry(fit->second);
-  free_.erase(fit);
+  lists.free.erase(fit);
   if (blocks_[index].count > granules) {
     const Index rest = split(index, granules);
     start_entry(blocks_[rest].start) = rest;
-    free_.emplace(blocks_[rest].count, blocks_[rest].start);
+    lists.free.emplace(blocks_[rest].count, blocks_[rest].start);
   }
   return hand_out(index);
 }
 
-std::uint32_t Arena::release(std::uint32_t start) {
+Arena::Block& Arena::take_back(std::uint32_t start) {
   const Index index = find_live(start);
   if (index == 0) {
     throw Error(ErrorCode::invalid_value,
                 "no live block starts at offset " + std::to_string(start * kGranule));
   }
   Block& block = blocks_[index];
-  Index& bin = bins_[bin_of(block.count)];
+  --live_blocks_;
+  used_ -= block.count;
+  return block;
+}
+
+void Arena::cache(Index index) {
+  Block& block = blocks_[index];
+  FreeLists& lists = lanes_[block.lane];
+  Index& bin = lists.bins[bin_of(block.count)];
   block.state = State::cached;
   block.link = bin;
   bin = index;
-  ++cached_blocks_;
-  --live_blocks_;
-  used_ -= block.count;
+  ++lists.cached_blocks;
+}
+
+std::uint32_t Arena::release(std::uint32_t start) {
+  const Block& block = take_back(start);
+  cache(static_cast<Index>(&block - blocks_.data()));
   return block.count;
 }
 
-void Arena::empty_bins() {
-  for (Index& bin : bins_) {
+std::uint32_t Arena::fence(std::uint32_t start) {
+  Block& block = take_back(start);
+  block.state = State::fenced;
+  fenced_ += block.count;
+  return block.count;
+}
+
+void Arena::unfence(std::uint32_t start) {
+  const Index index = start_entry(start);
+  require(blocks_[index].state == State::fenced, "only fenced blocks are unfenced");
+  fenced_ -= blocks_[index].count;
+  cache(index);
+}
+
+void Arena::empty_bins(Lane lane) {
+  FreeLists& lists = lanes_[lane];
+  if (lists.cached_blocks == 0) return;
+  for (Index& bin : lists.bins) {
     for (Index index = std::exchange(bin, 0); index != 0;) {
       const Index next = blocks_[index].link;
       make_free(index);
       index = next;
     }
   }
-  cached_blocks_ = 0;
+  lists.cached_blocks = 0;
 }
 
-// Enters the block into the free index, merged with its free neighbours.
+// Enters the block into the free index of its lane, merged with its free neighbours there.
 void Arena::make_free(Index index) {
   blocks_[index].state = State::free;
   blocks_[index].link = 0;
-  const auto forget = [this](Index neighbour) {
-    free_.erase({blocks_[neighbour].count, blocks_[neighbour].start});
+  auto& free = lanes_[blocks_[index].lane].free;
+  const auto merges = [&](Index neighbour) {
+    return neighbour != 0 && blocks_[neighbour].state == State::free &&
+           blocks_[neighbour].lane == blocks_[index].lane;
   };
   const Index next = blocks_[index].next;
-  if (next != 0 && blocks_[next].state == State::free) {
-    forget(next);
+  if (merges(next)) {
+    free.erase({blocks_[next].count, blocks_[next].start});
     start_entry(blocks_[next].start) = 0;
     absorb_next(index);
   }
   const Index previous = blocks_[index].previous;
-  if (previous != 0 && blocks_[previous].state == State::free) {
-    forget(previous);
+  if (merges(previous)) {
+    free.erase({blocks_[previous].count, blocks_[previous].start});
     start_entry(blocks_[index].start) = 0;
     absorb_next(previous);
     index = previous;
   }
-  free_.emplace(blocks_[index].count, blocks_[index].start);
+  free.emplace(blocks_[index].count, blocks_[index].start);
+}
+
+void Arena::adopt(Lane from, Lane to) {
+  empty_bins(from);
+  auto moving = std::exchange(lanes_[from].free, {});
+  for (const auto& [count, start] : moving) {
+    const Index index = start_entry(start);
+    blocks_[index].lane = to;
+    make_free(index);
+  }
 }
 
 // Pages --------------------------------------------------------------------------------------
 
-std::optional<Arena::PageRun> Arena::plan_growth(std::uint32_t granules) const {
+std::optional<Arena::PageRun> Arena::plan_growth(std::uint32_t granules, Lane lane) const {
   std::optional<PageRun> best;
-  const auto free_granules = [this](Index index) {
-    return index != 0 && blocks_[index].state == State::free ? blocks_[index].count : 0;
+  const auto free_granules = [&](Index index) {
+    const Block& block = blocks_[index];
+    return block.state == State::free && block.lane == lane ? block.count : 0;
   };
   const auto pages_for = [this](std::uint32_t missing) {
     return missing / page_granules_ + (missing % page_granules_ != 0);
@@ -174,7 +226,7 @@ std::optional<Arena::PageRun> Arena::plan_growth(std::uint32_t granules) const {
   return best;
 }
 
-void Arena::add_pages(PageRun pages) {
+void Arena::add_pages(PageRun pages, Lane lane) {
   const std::uint32_t start = pages.first * page_granules_;
   const std::uint32_t count = pages.count * page_granules_;
   auto hole = holes_.upper_bound(start);
@@ -200,26 +252,33 @@ void Arena::add_pages(PageRun pages) {
     holes_.emplace(blocks_[rest].start, rest);
   }
   start_entry(start) = index;
+  blocks_[index].lane = lane;
   resident_pages_ += pages.count;
   make_free(index);
 }
 
 std::vector<Arena::FreeRun> Arena::free_runs(std::optional<PageRun> beside) {
-  empty_bins();
   std::vector<FreeRun> runs;
-  for (auto it = free_.rbegin(); it != free_.rend() && it->first >= page_granules_; ++it) {
-    const auto [count, start] = *it;
-    const std::uint32_t first = page_of(start + page_granules_ - 1);
-    const std::uint32_t end = page_of(start + count);
-    if (first >= end) continue;
-    const bool borders = beside && (start + count == beside->first * page_granules_ ||
-                                    start == (beside->first + beside->count) * page_granules_);
-    if (!borders) runs.push_back({start, {first, end - first}});
+  for (Lane lane = 0; lane < lanes_.size(); ++lane) {
+    empty_bins(lane);
+    const auto& free = lanes_[lane].free;
+    for (auto it = free.rbegin(); it != free.rend() && it->first >= page_granules_; ++it) {
+      const auto [count, start] = *it;
+      const std::uint32_t first = page_of(start + page_granules_ - 1);
+      const std::uint32_t end = page_of(start + count);
+      if (first >= end) continue;
+      const bool borders = beside && (start + count == beside->first * page_granules_ ||
+                                      start == (beside->first + beside->count) * page_granules_);
+      if (!borders) runs.push_back({start, {first, end - first}, lane});
+    }
   }
+  std::stable_sort(runs.begin(), runs.end(), [](const FreeRun& a, const FreeRun& b) {
+    return a.pages.count > b.pages.count;
+  });
   return runs;
 }
 
-void Arena::remove_pages(const FreeRun& run) {
+void Arena::retire(const FreeRun& run) {
   const std::uint32_t start = run.pages.first * page_granules_;
   const std::uint32_t count = run.pages.count * page_granules_;
   Index index =
@@ -227,24 +286,40 @@ void Arena::remove_pages(const FreeRun& run) {
   const Block& block = blocks_[index];
   if (count == 0 || block.state != State::free || start < block.start ||
       start + count > block.start + block.count) {
-    throw Error(ErrorCode::invalid_value, "pages to remove do not lie in one free block");
+    throw Error(ErrorCode::invalid_value, "pages to retire do not lie in one free block");
   }
-  free_.erase({block.count, block.start});
+  auto& free = lanes_[block.lane].free;
+  free.erase({block.count, block.start});
   if (block.start < start) {
     const Index middle = split(index, start - block.start);
-    free_.emplace(blocks_[index].count, blocks_[index].start);
+    start_entry(start) = middle;
+    free.emplace(blocks_[index].count, blocks_[index].start);
     index = middle;
   }
   if (blocks_[index].count > count) {
     const Index rest = split(index, count);
     start_entry(blocks_[rest].start) = rest;
-    free_.emplace(blocks_[rest].count, blocks_[rest].start);
+    free.emplace(blocks_[rest].count, blocks_[rest].start);
   }
-  for (std::uint32_t i = 0; i < run.pages.count; ++i) {
-    std::free(std::exchange(starts_[run.pages.first + i], nullptr));
+  blocks_[index].state = State::retired;
+}
+
+void Arena::finish_retirement(PageRun run, std::uint32_t removed) {
+  const std::uint32_t start = run.first * page_granules_;
+  const Index index = run.first < page_count_ && has_table(start) ? start_entry(start) : 0;
+  if (blocks_[index].state != State::retired ||
+      blocks_[index].count != run.count * page_granules_ || removed > run.count) {
+    throw Error(ErrorCode::invalid_value, "no such run of pages is retired");
   }
-  resident_pages_ -= run.pages.count;
-  merge_hole(index);
+  const std::uint32_t kept = run.count - removed;
+  if (removed > 0) {
+    for (std::uint32_t page = run.first + kept; page < run.first + run.count; ++page) {
+      std::free(std::exchange(starts_[page], nullptr));
+    }
+    resident_pages_ -= removed;
+    merge_hole(kept > 0 ? split(index, kept * page_granules_) : index);
+  }
+  if (kept > 0) make_free(index);
 }
 
 void Arena::merge_hole(Index index) {
@@ -265,7 +340,8 @@ void Arena::merge_hole(Index index) {
 std::uint32_t Arena::count_free_pages() const {
   std::uint32_t pages = 0;
   std::uint32_t start = 0;
-  std::uint32_t end = 0;  // of the current run of unused granules
+  std::uint32_t end = 0;  // of the current run of unused granules, all of one lane
+  Lane lane = 0;
   const auto close_run = [&] {
     const std::uint32_t first = page_of(start + page_granules_ - 1);
     const std::uint32_t last = page_of(end);
@@ -273,13 +349,15 @@ std::uint32_t Arena::count_free_pages() const {
   };
   for (Index index = 1; index != 0; index = blocks_[index].next) {
     const Block& block = blocks_[index];
-    const bool idle = block.state == State::free || block.state == State::cached;
-    if (idle && end == block.start && end != start) {
+    const bool idle = block.state == State::free || block.state == State::cached ||
+                      block.state == State::retired;
+    if (idle && end == block.start && end != start && block.lane == lane) {
       end = block.start + block.count;
     } else {
       close_run();
       start = block.start;
       end = idle ? block.start + block.count : block.start;
+      lane = block.lane;
     }
   }
   close_run();

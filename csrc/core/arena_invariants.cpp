@@ -8,6 +8,7 @@ namespace pgk {
 void Arena::check_invariants() const {
   std::uint64_t position = 0;
   std::uint64_t live = 0;
+  std::uint64_t fenced = 0;
   std::uint64_t hole_granules = 0;
   std::size_t records = 0;
   std::size_t live_count = 0;
@@ -46,34 +47,52 @@ void Arena::check_invariants() const {
         live += block.count;
         ++live_count;
         break;
+      case State::fenced:
+        fenced += block.count;
+        break;
       case State::cached:
         ++cached_count;
         break;
       case State::free:
-        require(blocks_[previous].state != State::free, "neighbouring free blocks are merged");
-        require(free_.contains({block.count, block.start}), "every free block is indexed");
+        require(blocks_[previous].state != State::free || blocks_[previous].lane != block.lane,
+                "neighbouring free blocks of a lane are merged");
+        require(lanes_[block.lane].free.contains({block.count, block.start}),
+                "every free block is indexed");
         ++free_count;
+        break;
+      case State::retired:
+        require(block.start % page_granules_ == 0 && block.count % page_granules_ == 0,
+                "retired blocks are whole pages");
         break;
       default:
         require(false, "a block in the range is in use");
     }
   }
   require(position == std::uint64_t{page_count_} * page_granules_, "blocks cover the range");
-  require(free_count == free_.size() && hole_count == holes_.size(), "no stale index entries");
-  require(live_count == live_blocks_ && cached_count == cached_blocks_, "block counts agree");
+  require(hole_count == holes_.size(), "no stale hole entries");
+  require(live_count == live_blocks_, "live blocks are counted");
+  require(fenced == fenced_, "fenced bytes are those of the fenced blocks");
   require(live == used_ && used_ <= peak_, "used is the sum of the live blocks");
   require(std::uint64_t{resident_pages_} * page_granules_ + hole_granules == position,
           "pages are resident or holes");
 
-  std::size_t binned = 0;
-  for (std::uint32_t bin = 0; bin < kBins; ++bin) {
-    for (Index index = bins_[bin]; index != 0; index = blocks_[index].link) {
-      require(blocks_[index].state == State::cached && bin_of(blocks_[index].count) == bin,
-              "bins hold cached blocks of their size");
-      ++binned;
+  for (Lane lane = 0; lane < lanes_.size(); ++lane) {
+    const FreeLists& lists = lanes_[lane];
+    std::size_t binned = 0;
+    for (std::uint32_t bin = 0; bin < kBins; ++bin) {
+      for (Index index = lists.bins[bin]; index != 0; index = blocks_[index].link) {
+        const Block& block = blocks_[index];
+        require(block.state == State::cached && bin_of(block.count) == bin && block.lane == lane,
+                "bins hold cached blocks of their size and lane");
+        ++binned;
+      }
     }
+    require(binned == lists.cached_blocks, "every cached block of a lane is counted");
+    cached_count -= binned;
+    free_count -= lists.free.size();
   }
-  require(binned == cached_blocks_, "every cached block is in a bin");
+  require(cached_count == 0, "every cached block is in a bin");
+  require(free_count == 0, "no stale index entries of free blocks");
 
   std::size_t unused = 0;
   for (Index index = unused_; index != 0; index = blocks_[index].link) ++unused;

@@ -1,18 +1,34 @@
 #include "core/context.h"
 
+#include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "core/manager.h"
 
 namespace pgk {
 
-Context::Context(std::shared_ptr<Manager> manager, ContextSpec spec, Ledger::Id account,
+Context::Counters& Context::Counters::operator+=(const Counters& other) {
+  allocations += other.allocations;
+  frees += other.frees;
+  growths += other.growths;
+  refusals += other.refusals;
+  pages_mapped += other.pages_mapped;
+  pages_unmapped += other.pages_unmapped;
+  allocated_bytes += other.allocated_bytes;
+  return *this;
+}
+
+Context::Context(const std::shared_ptr<Manager>& manager, ContextSpec spec, Ledger::Id account,
                  std::size_t page_bytes, std::uint32_t page_count, Address address, StreamId stream)
     : arena_(page_bytes, page_count),
       address_(address),
+      lanes_{stream},
       spec_(std::move(spec)),
       account_(account),
       stream_(stream),
+      device_(manager->device()),
+      thread_streams_(manager->thread_streams()),
       manager_(manager) {}
 
 void Context::require_open() const {
@@ -25,7 +41,22 @@ void Context::require_open() const {
   throw Error(ErrorCode::context_destroyed, "context '" + name() + "' has been destroyed");
 }
 
-void* Context::allocate(std::size_t bytes) {
+std::optional<Arena::Lane> Context::find_lane(StreamId stream) const {
+  for (std::size_t lane = 0; lane < lanes_.size(); ++lane) {
+    if (lanes_[lane] == stream) return static_cast<Arena::Lane>(lane);
+  }
+  return std::nullopt;
+}
+
+Arena::Lane Context::lane_for(StreamId stream) {
+  if (const auto lane = find_lane(stream)) return *lane;
+  const Arena::Lane lane = arena_.add_lane();
+  lanes_.push_back(stream);
+  return lane;
+}
+
+void* Context::try_allocate(std::size_t bytes, StreamId stream, bool may_wait,
+                            std::string* device_said) {
   if (bytes == 0) [[unlikely]] {
     throw Error(ErrorCode::invalid_value, "a block has at least one byte");
   }
@@ -34,28 +65,50 @@ void* Context::allocate(std::size_t bytes) {
     const std::lock_guard lock(mutex_);
     if (state_ != State::open) [[unlikely]]
       require_open();
-    const std::uint32_t start = arena_.allocate(static_cast<std::uint32_t>(granules));
-    if (start != Arena::kNone) [[likely]] {
-      ++counters_.allocations;
-      return reinterpret_cast<void*>(address_ + start * kGranule);
+    if (const auto lane = find_lane(stream)) [[likely]] {
+      const std::uint32_t start = arena_.allocate(static_cast<std::uint32_t>(granules), *lane);
+      if (start != Arena::kNone) [[likely]]
+        return finish_allocation(start, granules);
     }
   }
-  const auto manager = manager_.lock();
+  return manager()->allocate_slow(*this, bytes, stream, may_wait, device_said);
+}
+
+void* Context::allocate(std::size_t bytes, StreamId stream) {
+  std::string device_said;
+  if (void* pointer = try_allocate(bytes, stream, true, &device_said)) return pointer;
+  manager()->refuse(*this, bytes, device_said);
+}
+
+std::shared_ptr<Manager> Context::manager() const {
+  auto manager = manager_.lock();
   if (!manager) throw Error(ErrorCode::context_destroyed, "context '" + name() + "' has no device");
-  return manager->allocate_slow(*this, bytes);
+  return manager;
+}
+
+std::uint32_t Context::granule_of(const void* pointer) const {
+  const Address offset = reinterpret_cast<Address>(pointer) - address_;
+  return offset % kGranule == 0 && offset / kGranule < Arena::kNone
+             ? static_cast<std::uint32_t>(offset / kGranule)
+             : Arena::kNone;
 }
 
 void Context::free(void* pointer) {
+  free_after(pointer, {});
+}
+
+void Context::free_after(void* pointer, std::span<const StreamId> streams) {
   std::shared_ptr<Manager> manager;
   const std::uint64_t id = account_;
   {
     const std::lock_guard lock(mutex_);
     if (state_ == State::forked) return;
-    const Address offset = reinterpret_cast<Address>(pointer) - address_;
-    const std::uint32_t start = offset % kGranule == 0 && offset / kGranule < Arena::kNone
-                                    ? static_cast<std::uint32_t>(offset / kGranule)
-                                    : Arena::kNone;
-    arena_.release(start);
+    const std::uint32_t start = granule_of(pointer);
+    if (streams.empty() && uses_.empty()) [[likely]] {
+      arena_.release(start);
+    } else {
+      release(start, streams);
+    }
     ++counters_.frees;
     if (state_ == State::orphan) [[unlikely]]
       manager = manager_of_orphan_;
@@ -64,17 +117,102 @@ void Context::free(void* pointer) {
     manager->collect_orphan(id);
 }
 
-std::size_t Context::block_bytes(const void* pointer) const {
+// Fences -----------------------------------------------------------------------------------------
+
+void Context::record_use(const void* pointer, StreamId stream) {
   const std::lock_guard lock(mutex_);
-  const Address offset = reinterpret_cast<Address>(pointer) - address_;
-  if (offset % kGranule != 0 || offset / kGranule >= Arena::kNone) return 0;
-  return arena_.live_granules(static_cast<std::uint32_t>(offset / kGranule)) * kGranule;
+  const std::uint32_t start = granule_of(pointer);
+  if (state_ == State::forked || arena_.live_granules(start) == 0) return;
+  if (lanes_[arena_.lane_of(start)] == stream) return;
+  std::vector<StreamId>& uses = uses_[start];
+  if (std::find(uses.begin(), uses.end(), stream) == uses.end()) uses.push_back(stream);
 }
 
-void Context::begin_session() {
+void Context::release(std::uint32_t start, std::span<const StreamId> streams) {
+  if (arena_.live_granules(start) == 0) {
+    arena_.release(start);  // says what is wrong
+    return;
+  }
+  const StreamId own = lanes_[arena_.lane_of(start)];
+  Fence fence{start, {}};
+  const auto add = [&](StreamId stream) {
+    Fence::Point point{stream, 0};
+    if (stream != own && !is_past(point)) fence.points.push_back(point);
+  };
+  if (const auto uses = uses_.find(start); uses != uses_.end()) {
+    std::for_each(uses->second.begin(), uses->second.end(), add);
+    uses_.erase(uses);
+  }
+  std::for_each(streams.begin(), streams.end(), add);
+  if (fence.points.empty()) {
+    arena_.release(start);
+  } else {
+    arena_.fence(start);
+    fences_.push_back(std::move(fence));
+  }
+}
+
+// Whether the stream has done what it held when the point was first looked at. A device that
+// fails here leaves the point to the next attempt.
+bool Context::is_past(Fence::Point& point) {
+  try {
+    if (point.event == 0) {
+      if (device_->is_capturing(point.stream)) return false;
+      if (device_->is_idle(point.stream)) return true;
+      point.event = device_->record(point.stream);
+    }
+    return device_->is_done(point.event);
+  } catch (const Error&) {
+    return false;
+  }
+}
+
+// Returns whether any block came free.
+bool Context::settle_fences() {
+  const auto settled = std::erase_if(fences_, [this](Fence& fence) {
+    std::erase_if(fence.points, [this](Fence::Point& point) { return is_past(point); });
+    if (fence.points.empty()) arena_.unfence(fence.start);
+    return fence.points.empty();
+  });
+  return settled > 0;
+}
+
+// An event that memory of this context waits for.
+std::optional<EventId> Context::awaited_event() const {
+  for (const Retired& retired : retired_) return retired.event;
+  for (const Fence& fence : fences_) {
+    for (const Fence::Point& point : fence.points) {
+      if (point.event != 0) return point.event;
+    }
+  }
+  return std::nullopt;
+}
+
+std::size_t Context::retired_bytes() const {
+  std::size_t pages = 0;
+  for (const Retired& retired : retired_) pages += retired.pages.count;
+  return pages * arena_.page_bytes();
+}
+
+std::vector<StreamId> Context::streams() const {
+  const std::lock_guard lock(mutex_);
+  std::vector<StreamId> streams;
+  std::copy_if(lanes_.begin(), lanes_.end(), std::back_inserter(streams),
+               [](StreamId stream) { return stream != kNoStream; });
+  return streams;
+}
+
+// Figures ----------------------------------------------------------------------------------------
+
+std::size_t Context::block_bytes(const void* pointer) const {
+  const std::lock_guard lock(mutex_);
+  return arena_.live_granules(granule_of(pointer)) * kGranule;
+}
+
+void Context::begin_session(bool keeps_active) {
   const std::lock_guard lock(mutex_);
   require_open();
-  ++sessions_;
+  if (keeps_active) ++sessions_;
 }
 
 void Context::end_session() {
@@ -90,6 +228,11 @@ std::size_t Context::used_bytes() const {
 std::size_t Context::resident_bytes() const {
   const std::lock_guard lock(mutex_);
   return arena_.resident_pages() * arena_.page_bytes();
+}
+
+bool Context::is_open() const {
+  const std::lock_guard lock(mutex_);
+  return state_ == State::open;
 }
 
 bool Context::is_destroyed() const {

@@ -1,12 +1,19 @@
 // One execution context: its arena behind its own lock, which is all that an allocation that
 // hits and every free take. What needs physical memory goes to the manager.
+//
+// Memory is handed out for a stream and may be reused in the order of that stream: torch's rule.
+// What other streams do with it must be announced, by record_use() or by free_after(): the block
+// is then kept back until an event on each of them is done.
 #pragma once
 
 #include <cstdint>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "core/arena.h"
 #include "core/error.h"
@@ -18,6 +25,10 @@
 namespace pgk {
 
 class Manager;
+class ThreadStreams;
+
+// Not a stream: memory that is asked for with it is idle, nobody's work may still use it.
+inline constexpr StreamId kNoStream = 0;
 
 struct ContextSpec {
   std::string name;
@@ -35,37 +46,57 @@ class Context : public std::enable_shared_from_this<Context> {
     std::uint64_t refusals = 0;
     std::uint64_t pages_mapped = 0;
     std::uint64_t pages_unmapped = 0;
+    std::uint64_t allocated_bytes = 0;
+
+    Counters& operator+=(const Counters& other);
   };
 
-  Context(std::shared_ptr<Manager> manager, ContextSpec spec, Ledger::Id account,
+  Context(const std::shared_ptr<Manager>& manager, ContextSpec spec, Ledger::Id account,
           std::size_t page_bytes, std::uint32_t page_count, Address address, StreamId stream);
   Context(const Context&) = delete;
   Context& operator=(const Context&) = delete;
 
-  // At least `bytes` (> 0), aligned to a granule. Throws ErrorCode::out_of_memory with who, what
-  // and how much; the context is then as before and usable.
-  void* allocate(std::size_t bytes);
+  // At least `bytes` (> 0), aligned to a granule, for use on `stream`. May block until work that
+  // uses freed memory is done. Throws ErrorCode::out_of_memory with who, what and how much; the
+  // context is then as before and usable.
+  void* allocate(std::size_t bytes, StreamId stream);
+  // As allocate(), but null instead of ErrorCode::out_of_memory; then `device_said`, if given, is
+  // what the device refused on the way. With `may_wait` false it never waits for the device's work.
+  void* try_allocate(std::size_t bytes, StreamId stream, bool may_wait = true,
+                     std::string* device_said = nullptr);
   // Throws ErrorCode::invalid_value if no live block of this context starts at `pointer`.
   void free(void* pointer);
+  // As free(), for a block that the present work of `streams` may still use.
+  void free_after(void* pointer, std::span<const StreamId> streams);
+  // Work that is on `stream` when the block is freed may still use it then. Does nothing if no
+  // live block of this context starts at `pointer`.
+  void record_use(const void* pointer, StreamId stream);
   // The block's size, 0 if no live block of this context starts at `pointer`.
   std::size_t block_bytes(const void* pointer) const;
 
-  // A context with open sessions cannot be destroyed.
+  // A context with open sessions that keep it active cannot be destroyed; end_session() is for those.
   // Throws ErrorCode::context_destroyed or ErrorCode::forked.
-  void begin_session();
+  void begin_session(bool keeps_active);
   void end_session();
 
   const std::string& name() const { return spec_.name; }
   Tier tier() const { return spec_.tier; }
   std::uint64_t id() const { return account_; }
   StreamId stream() const { return stream_; }
+  // Those that memory was handed out for.
+  std::vector<StreamId> streams() const;
+  Device& device() const { return *device_; }
+  ThreadStreams* thread_streams() const { return thread_streams_; }
   std::size_t page_bytes() const { return arena_.page_bytes(); }
   std::size_t used_bytes() const;
   std::size_t resident_bytes() const;
+  bool is_open() const;
   bool is_destroyed() const;
   std::uint32_t sessions() const;
   Counters counters() const;
   void reset_peak();
+  // Throws ErrorCode::context_destroyed if it is gone.
+  std::shared_ptr<Manager> manager() const;
 
  private:
   friend class Manager;
@@ -73,20 +104,54 @@ class Context : public std::enable_shared_from_this<Context> {
   // Anything but `open` diverts from the hot path.
   enum class State : std::uint8_t { open, orphan, forked };
 
+  // A freed block and the streams that must pass. An event of 0 is still to be recorded: its
+  // stream was being captured.
+  struct Fence {
+    struct Point {
+      StreamId stream = kNoStream;
+      EventId event = 0;
+    };
+    std::uint32_t start = 0;
+    std::vector<Point> points;
+  };
+  struct Retired {
+    Arena::PageRun pages;
+    EventId event = 0;
+  };
+
   Address address_of(std::uint32_t page) const { return address_ + page * arena_.page_bytes(); }
+  std::uint32_t granule_of(const void* pointer) const;
   void require_open() const;
+  std::optional<Arena::Lane> find_lane(StreamId stream) const;
+  Arena::Lane lane_for(StreamId stream);
+  void release(std::uint32_t start, std::span<const StreamId> streams);
+  bool settle_fences();
+  bool is_past(Fence::Point& point);
+  std::optional<EventId> awaited_event() const;
+  std::size_t retired_bytes() const;
+  void* finish_allocation(std::uint32_t start, std::size_t granules) {
+    ++counters_.allocations;
+    counters_.allocated_bytes += granules * kGranule;
+    return reinterpret_cast<void*>(address_ + start * kGranule);
+  }
 
   mutable SpinLock mutex_;
   Arena arena_;
   Address address_;
   State state_ = State::open;
   Counters counters_;
+  std::vector<StreamId> lanes_;  // the stream of each lane of the arena
+  std::map<std::uint32_t, std::vector<StreamId>> uses_;  // of live blocks, as recorded
+  std::vector<Fence> fences_;
+  std::uint32_t sessions_ = 0;
   // Below: only with the manager's lock, except for what never changes.
   ContextSpec spec_;
   Ledger::Id account_;
   StreamId stream_;
-  std::uint32_t sessions_ = 0;               // with mutex_
+  std::shared_ptr<Device> device_;
+  ThreadStreams* thread_streams_;
   std::map<std::uint32_t, Handle> handles_;  // of the resident pages
+  std::vector<Retired> retired_;
   std::weak_ptr<Manager> manager_;
   // Set while an orphan: its last free needs the manager.
   std::shared_ptr<Manager> manager_of_orphan_;

@@ -15,7 +15,7 @@ enum class ErrorCode {
   out_of_memory,
   device,
   forked,
-  wrong_thread,
+  session,
   internal,
 };
 

@@ -1,5 +1,7 @@
 #include "core/handle_pool.h"
 
+#include <algorithm>
+
 #include "core/error.h"
 #include "core/scope_exit.h"
 
@@ -19,8 +21,19 @@ Handle HandlePool::create(std::size_t bytes) {
       release_spare(shelf);
     }
   }
-  const Handle handle = device_.create(bytes);
+  Handle handle;
+  try {
+    handle = device_.create(bytes);
+  } catch (const Error&) {
+    // Others than this pool may have taken the device's memory.
+    const std::size_t before = existing_bytes_;
+    trim();
+    if (existing_bytes_ == before) throw;
+    handle = device_.create(bytes);
+  }
   existing_bytes_ += bytes;
+  created_bytes_ += bytes;
+  peak_bytes_ = std::max(peak_bytes_, existing_bytes_);
   return handle;
 }
 

@@ -33,6 +33,10 @@ class HandlePool {
   std::size_t pooled_bytes() const;
   // Bytes of all handles that exist, mapped ones included.
   std::size_t existing_bytes() const { return existing_bytes_; }
+  std::size_t peak_bytes() const { return peak_bytes_; }
+  // Of all handles since the beginning.
+  std::size_t created_bytes() const { return created_bytes_; }
+  void reset_peak() { peak_bytes_ = existing_bytes_; }
 
  private:
   struct Shelf {
@@ -47,6 +51,8 @@ class HandlePool {
   Device& device_;
   std::map<std::size_t, Shelf> shelves_;  // by handle size
   std::size_t existing_bytes_ = 0;
+  std::size_t peak_bytes_ = 0;
+  std::size_t created_bytes_ = 0;
 };
 
 }  // namespace pgk

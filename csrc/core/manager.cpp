@@ -21,6 +21,21 @@ constexpr std::size_t kPagesPerBudget = 64;
 // A budget never fills its range: free gaps between live pages must still hold large blocks.
 constexpr std::size_t kRangePerCapacity = 2;
 
+// Guaranteed work first, best effort last, as far as the device tells them apart.
+int priority_of(Tier tier, const Device& device) {
+  const int least = device.properties().least_priority;
+  const int greatest = device.properties().greatest_priority;
+  switch (tier) {
+    case Tier::guaranteed:
+      return greatest;
+    case Tier::burstable:
+      return least + (greatest - least) / 2;
+    case Tier::best_effort:
+      break;
+  }
+  return least;
+}
+
 // Blocks that outlive their manager must still find their context by address, and be valid.
 void keep_forever(const std::shared_ptr<Device>& device, std::shared_ptr<Context> context) {
   static std::mutex mutex;
@@ -31,12 +46,16 @@ void keep_forever(const std::shared_ptr<Device>& device, std::shared_ptr<Context
 
 }  // namespace
 
-std::shared_ptr<Manager> Manager::make(std::shared_ptr<Device> device) {
-  return std::shared_ptr<Manager>(new Manager(std::move(device)));
+std::shared_ptr<Manager> Manager::make(std::shared_ptr<Device> device,
+                                       ThreadStreams* thread_streams) {
+  return std::shared_ptr<Manager>(new Manager(std::move(device), thread_streams));
 }
 
-Manager::Manager(std::shared_ptr<Device> device)
-    : device_(std::move(device)), ledger_(device_->properties().capacity), pool_(*device_) {}
+Manager::Manager(std::shared_ptr<Device> device, ThreadStreams* thread_streams)
+    : device_(std::move(device)),
+      thread_streams_(thread_streams),
+      ledger_(device_->properties().capacity),
+      pool_(*device_) {}
 
 Manager::~Manager() {
   if (!forked_) {
@@ -106,6 +125,11 @@ auto Manager::on_behalf_of(const std::string& name, Step step) {
 }
 
 std::shared_ptr<Context> Manager::create_context(const ContextSpec& spec) {
+  until_settled([&]() -> std::optional<EventId> {
+    require_usable();
+    reclaim(spec.base, nullptr);
+    return ledger_.uncommitted() < spec.base ? first_retired() : std::nullopt;
+  });
   const std::lock_guard lock(mutex_);
   require_usable();
   if (spec.name.empty()) throw Error(ErrorCode::invalid_value, "a context needs a name");
@@ -118,7 +142,6 @@ std::shared_ptr<Context> Manager::create_context(const ContextSpec& spec) {
   device_said_.clear();
   collect_orphans();
 
-  reclaim(spec.base, nullptr);
   const auto account = on_behalf_of(spec.name, [&] { return ledger_.open(spec.max, spec.base); });
   ScopeExit close_account([&] { ledger_.close(account); });
 
@@ -130,7 +153,8 @@ std::shared_ptr<Context> Manager::create_context(const ContextSpec& spec) {
   const Address address =
       on_behalf_of(spec.name, [&] { return device_->reserve(range, AddressTable::kUnit); });
   ScopeExit unreserve([&] { device_->unreserve(address, range); });
-  const StreamId stream = on_behalf_of(spec.name, [&] { return device_->create_stream(0); });
+  const StreamId stream = on_behalf_of(
+      spec.name, [&] { return device_->create_stream(priority_of(spec.tier, *device_)); });
   ScopeExit destroy_stream([&] { device_->destroy_stream(stream); });
 
   auto context =
@@ -181,21 +205,37 @@ void Manager::destroy_context(Context& context) {
 }
 
 void Manager::resize_context(Context& context, std::size_t max, std::size_t base) {
+  const std::size_t page = context.page_bytes();
+  const std::size_t target = max / page;
+  const auto beyond_target = [&] {
+    const std::size_t pages = context.arena_.resident_pages();
+    return pages > target ? pages - target : 0;
+  };
+  until_settled([&]() -> std::optional<EventId> {
+    std::size_t missing = 0;
+    {
+      const ContextLock context_lock(context.mutex_);
+      require_live(context);
+      validate({context.name(), max, base, context.tier()});
+      if (max < page) {
+        throw Error(ErrorCode::invalid_value,
+                    "context '" + context.name() + "' was created with pages of " +
+                        format_bytes(page) + " and cannot be resized to " + format_bytes(max));
+      }
+      const std::size_t retired = context.retired_bytes() / page;
+      if (beyond_target() > retired) give_up_pages(context, beyond_target() - retired);
+      if (beyond_target() > 0 && !context.retired_.empty()) return context.retired_.front().event;
+      const std::size_t committed = ledger_.account(context.id()).committed();
+      missing = base > committed ? base - committed : 0;
+    }
+    reclaim(missing, &context);
+    return ledger_.uncommitted() < missing ? first_retired() : std::nullopt;
+  });
+
   const std::lock_guard lock(mutex_);
   const ContextLock context_lock(context.mutex_);
   require_live(context);
   device_said_.clear();
-  validate({context.name(), max, base, context.tier()});
-  const std::size_t page = context.page_bytes();
-  if (max < page) {
-    throw Error(ErrorCode::invalid_value, "context '" + context.name() +
-                                              "' was created with pages of " + format_bytes(page) +
-                                              " and cannot be resized to " + format_bytes(max));
-  }
-  const std::size_t target = max / page;
-  if (context.arena_.resident_pages() > target) {
-    give_up_pages(context, context.arena_.resident_pages() - target);
-  }
   const std::size_t held = context.arena_.resident_pages() * page;
   if (held > max) {
     throw Error(ErrorCode::invalid_value, "context '" + context.name() + "' cannot be resized to " +
@@ -204,7 +244,6 @@ void Manager::resize_context(Context& context, std::size_t max, std::size_t base
                                               " in pages of " + format_bytes(held));
   }
   const Ledger::Account before = ledger_.account(context.id());
-  if (base > before.committed()) reclaim(base - before.committed(), &context);
   on_behalf_of(context.name(), [&] { ledger_.resize(context.id(), max, base); });
   ScopeExit undo([&] { ledger_.resize(context.id(), before.max, before.base); });
   on_behalf_of(context.name(), [&] { set_reserved_pages(context, before.base, base); });
@@ -258,10 +297,14 @@ bool Manager::dismantle(Context& orphan) {
   const std::size_t range = orphan.arena_.page_count() * orphan.page_bytes();
   try {
     // The stream first: its work may still use the pages.
-    if (orphan.arena_.live_blocks() == 0 && orphan.stream_ != 0) {
+    if (orphan.arena_.live_blocks() == 0 && orphan.stream_ != kNoStream) {
       device_->destroy_stream(orphan.stream_);
-      orphan.stream_ = 0;
+      // It was idle: nothing may still use what was freed in its order.
+      std::replace(orphan.lanes_.begin(), orphan.lanes_.end(), orphan.stream_, kNoStream);
+      orphan.stream_ = kNoStream;
     }
+    orphan.settle_fences();
+    collect_retired(orphan);
     give_up_pages(orphan, SIZE_MAX);
     if (orphan.arena_.resident_pages() > 0) return false;
     // Whoever gets these addresses next must not be taken for this context.
@@ -272,6 +315,7 @@ bool Manager::dismantle(Context& orphan) {
   } catch (const Error&) {
     return false;
   }
+  gone_ += orphan.counters_;
   ledger_.close(orphan.id());
   orphan.manager_of_orphan_.reset();
   return true;

@@ -21,6 +21,14 @@ std::size_t Manager::protected_bytes(const Context& context) const {
   return std::max(occupied, ledger_.account(context.id()).base);
 }
 
+// What a new guarantee could have: the capacity less what is protected, as far as the device still
+// has that much beside memory that others hold of it.
+std::size_t Manager::unprotected_bytes(std::size_t protected_bytes) const {
+  const std::size_t obtainable =
+      std::min(ledger_.capacity(), pool_.existing_bytes() + device_->free_bytes());
+  return obtainable - std::min(obtainable, protected_bytes);
+}
+
 Usage Manager::usage_of(const Context& context, std::size_t protected_bytes,
                         std::size_t unprotected_bytes) const {
   const ContextLock lock(context.mutex_);
@@ -39,6 +47,7 @@ Usage Manager::usage_of(const Context& context, std::size_t protected_bytes,
   usage.peak = context.arena_.peak_bytes();
   usage.available = reachable > usage.used ? reachable - usage.used : 0;
   usage.live_blocks = context.arena_.live_blocks();
+  usage.sessions = context.sessions_;
   return usage;
 }
 
@@ -46,33 +55,35 @@ Usage Manager::usage(const Context& context) const {
   const std::lock_guard lock(mutex_);
   require_usable();
   std::optional<std::size_t> own;
-  std::size_t unprotected = ledger_.capacity();
+  std::size_t protected_by_all = 0;
   for (const Context* known : all()) {
     const ContextLock context_lock(known->mutex_);
     const std::size_t bytes = protected_bytes(*known);
     if (known == &context) own = bytes;
-    unprotected -= bytes;
+    protected_by_all += bytes;
   }
   if (!own) {
     throw Error(ErrorCode::context_destroyed,
                 "context '" + context.name() + "' has been destroyed");
   }
-  return usage_of(context, *own, unprotected);
+  return usage_of(context, *own, unprotected_bytes(protected_by_all));
 }
 
 DeviceUsage Manager::device_usage() const {
   const std::lock_guard lock(mutex_);
   require_usable();
   DeviceUsage usage;
-  usage.capacity = usage.available = ledger_.capacity();
+  usage.capacity = ledger_.capacity();
   usage.resident = ledger_.resident();
   usage.pooled = pool_.pooled_bytes();
   std::vector<std::size_t> guarded;
+  std::size_t protected_by_all = 0;
   for (const Context* context : all()) {
     const ContextLock context_lock(context->mutex_);
     guarded.push_back(protected_bytes(*context));
-    usage.available -= guarded.back();
+    protected_by_all += guarded.back();
   }
+  usage.available = unprotected_bytes(protected_by_all);
   auto bytes = guarded.begin();
   for (const Context* context : all()) {
     usage.contexts.push_back(usage_of(*context, *bytes++, usage.available));
@@ -80,7 +91,39 @@ DeviceUsage Manager::device_usage() const {
   return usage;
 }
 
+Totals Manager::totals() const {
+  const std::lock_guard lock(mutex_);
+  Totals totals;
+  totals.counters = gone_;
+  for (const Context* context : all()) {
+    const ContextLock context_lock(context->mutex_);
+    totals.counters += context->counters_;
+    totals.used += context->arena_.used_bytes();
+    totals.peak += context->arena_.peak_bytes();
+    totals.fenced += context->arena_.fenced_bytes();
+    totals.live_blocks += context->arena_.live_blocks();
+    totals.pages += context->arena_.resident_pages();
+  }
+  totals.existing = pool_.existing_bytes();
+  totals.existing_peak = pool_.peak_bytes();
+  totals.created = pool_.created_bytes();
+  return totals;
+}
+
+void Manager::reset_peaks() {
+  const std::lock_guard lock(mutex_);
+  pool_.reset_peak();
+  for (Context* context : all()) {
+    const ContextLock context_lock(context->mutex_);
+    context->arena_.reset_peak();
+  }
+}
+
 void Manager::refuse(Context& context, std::size_t bytes, const std::string& device_said) {
+  {
+    const ContextLock lock(context.mutex_);
+    ++context.counters_.refusals;
+  }
   const DeviceUsage device = device_usage();
   const auto& own = *std::find_if(
       device.contexts.begin(), device.contexts.end(),
@@ -120,6 +163,7 @@ void Manager::check_invariants() const {
     const std::size_t bytes = arena.resident_pages() * arena.page_bytes();
     require(arena.resident_pages() == context->handles_.size(), "a handle per resident page");
     require(bytes == account.resident, "the ledger holds what the arena has");
+    require(context->lanes_.size() == arena.lanes(), "every lane has a stream");
     require(arena.used_bytes() <= account.max, "used <= max");
     require(context->state_ == Context::State::orphan || context->manager_of_orphan_ == nullptr,
             "only orphans keep their manager");

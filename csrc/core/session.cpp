@@ -1,6 +1,7 @@
 #include "core/session.h"
 
 #include <algorithm>
+#include <exception>
 #include <mutex>
 #include <unordered_set>
 #include <utility>
@@ -11,13 +12,32 @@ namespace pgk {
 
 namespace detail {
 thread_local constinit std::atomic<Context*> current_context{nullptr};
+thread_local constinit std::atomic<bool> stream_is_stale{false};
 }  // namespace detail
 
 namespace {
 
 struct Entry {
-  std::uint64_t session;
+  std::uint64_t session = 0;
   std::shared_ptr<Context> context;
+  bool keeps_active = true;
+  ThreadStreams::Saved before = 0;  // the thread's stream, for contexts that switch it
+
+  void begin() const { context->begin_session(keeps_active); }
+  void end() const {
+    if (keeps_active) context->end_session();
+  }
+};
+
+// How a thread gets back the stream that it had before it entered a session.
+struct WayBack {
+  ThreadStreams* streams = nullptr;
+  ThreadStreams::Saved saved = 0;
+  std::shared_ptr<Context> outer;
+
+  void take() const {
+    if (streams != nullptr) streams->leave(saved, outer);
+  }
 };
 
 struct ThreadEntries;
@@ -39,7 +59,9 @@ Registry& registry() {
 
 struct ThreadEntries {
   std::vector<Entry> stack;
+  WayBack stale;  // where stream_is_stale
   std::atomic<Context*>* current = &detail::current_context;
+  std::atomic<bool>* stream_is_stale = &detail::stream_is_stale;
 
   ThreadEntries() {
     const std::lock_guard lock(registry().mutex);
@@ -55,16 +77,41 @@ struct ThreadEntries {
     }
     // Destructors of other thread-locals may still allocate.
     current->store(nullptr, std::memory_order_relaxed);
-    for (const Entry& entry : left) entry.context->end_session();
+    for (const Entry& entry : left) entry.end();
   }
 
   // With the registry's lock.
-  bool remove(std::uint64_t session) {
+  auto find(std::uint64_t session) {
     const auto it = std::find_if(stack.rbegin(), stack.rend(),
                                  [=](const Entry& entry) { return entry.session == session; });
-    if (it == stack.rend()) return false;
-    stack.erase(std::next(it).base());
+    return it == stack.rend() ? stack.end() : std::prev(it.base());
+  }
+
+  // With the registry's lock. What the thread has to do itself for its stream to follow.
+  WayBack remove(std::vector<Entry>::iterator entry) {
+    WayBack back;
+    if (const auto above = std::next(entry); above != stack.end()) {
+      above->before = entry->before;
+      stack.erase(entry);
+    } else {
+      back.streams = entry->context->thread_streams();
+      back.saved = entry->before;
+      stack.pop_back();
+      if (!stack.empty()) back.outer = stack.back().context;
+    }
     current->store(stack.empty() ? nullptr : stack.back().context.get(), std::memory_order_relaxed);
+    return back;
+  }
+
+  // The same by another thread.
+  bool take_back(std::uint64_t session) {
+    const auto entry = find(session);
+    if (entry == stack.end()) return false;
+    WayBack back = remove(entry);
+    if (back.streams != nullptr) {
+      stale = std::move(back);
+      stream_is_stale->store(true, std::memory_order_relaxed);
+    }
     return true;
   }
 };
@@ -76,7 +123,18 @@ ThreadEntries& thread_entries() {
 
 }  // namespace
 
-Session::Session(std::shared_ptr<Context> context) : context_(std::move(context)) {
+void detail::switch_stream_back() {
+  WayBack back;
+  {
+    const std::lock_guard lock(registry().mutex);
+    back = std::exchange(thread_entries().stale, {});
+    stream_is_stale.store(false, std::memory_order_relaxed);
+  }
+  back.take();
+}
+
+Session::Session(std::shared_ptr<Context> context, bool ordered, bool keeps_active)
+    : context_(std::move(context)), ordered_(ordered), keeps_active_(keeps_active) {
   const std::lock_guard lock(registry().mutex);
   id_ = registry().next_session++;
   process_ = registry().forks;
@@ -88,37 +146,66 @@ Session::~Session() {
     const std::lock_guard lock(registry().mutex);
     if (process_ != registry().forks) return;
     for (ThreadEntries* thread : registry().threads) {
-      while (thread->remove(id_)) ++left;
+      while (thread->take_back(id_)) ++left;
     }
   }
-  for (; left > 0; --left) context_->end_session();
+  for (; left > 0 && keeps_active_; --left) context_->end_session();
 }
 
 void Session::enter() {
   ThreadEntries& own = thread_entries();
-  context_->begin_session();
+  mend_stream();
+  Entry entry{id_, context_, keeps_active_};
+  entry.begin();
+  try {
+    if (ThreadStreams* streams = context_->thread_streams()) {
+      entry.before = streams->enter(context_, ordered_);
+    }
+  } catch (...) {
+    entry.end();
+    throw;
+  }
   const std::lock_guard lock(registry().mutex);
-  own.stack.push_back({id_, context_});
+  own.stack.push_back(std::move(entry));
   own.current->store(context_.get(), std::memory_order_relaxed);
 }
 
 void Session::exit() {
   ThreadEntries& own = thread_entries();
+  mend_stream();
+  // Own entries come and go on this thread only, but for other threads that take them back.
+  const auto is_here = [&] {
+    const std::lock_guard lock(registry().mutex);
+    return own.find(id_) != own.stack.end();
+  };
+  std::exception_ptr failure;
+  if (ThreadStreams* streams = context_->thread_streams(); ordered_ && streams && is_here()) {
+    try {
+      streams->finish(*context_);
+    } catch (const Error&) {
+      failure = std::current_exception();
+    }
+  }
   bool here = false;
   bool elsewhere = false;
+  WayBack back;
   {
     const std::lock_guard lock(registry().mutex);
-    here = own.remove(id_);
-    if (!here) {
+    if (const auto entry = own.find(id_); entry != own.stack.end()) {
+      here = true;
+      back = own.remove(entry);
+    } else {
       if (process_ != registry().forks) return;
       const auto& threads = registry().threads;
       elsewhere = std::any_of(threads.begin(), threads.end(),
-                              [this](ThreadEntries* other) { return other->remove(id_); });
+                              [this](ThreadEntries* other) { return other->take_back(id_); });
     }
   }
-  if (here || elsewhere) context_->end_session();
+  back.take();
+  if ((here || elsewhere) && keeps_active_) context_->end_session();
+  if (failure) std::rethrow_exception(failure);
   if (here) return;
-  throw Error(ErrorCode::wrong_thread,
+  throw Error(ErrorCode::session,
               "the session of context '" + context_->name() + "' was left in a thread that had " +
                   (elsewhere ? "not entered it; the thread that had is out of it now"
                              : "not entered it, and no other has"));

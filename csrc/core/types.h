@@ -6,6 +6,8 @@
 //   granule    512 bytes, the unit of block sizes (torch rounds to the same)
 //   page       the unit in which an arena receives physical memory, 2 to 32 MiB
 //   handle     physical memory of a device that can be mapped at an address; one per page
+//   lane       the free memory of an arena that may be reused in the order of one stream
+//   fence      what keeps a freed block from reuse while other streams may still use it
 //   used       bytes of live blocks
 //   resident   (of a page) backed by device memory; the bytes of all such pages
 //   base       the part of a budget that is reserved for the context

@@ -1,5 +1,6 @@
 #include "device/cuda_device.h"
 
+#include <algorithm>
 #include <array>
 #include <string>
 
@@ -88,6 +89,15 @@ void CudaDevice::do_release(Handle handle) {
   created_bytes_ -= handle.bytes;
 }
 
+std::size_t CudaDevice::free_bytes() {
+  const Scope scope(*this);
+  std::size_t free = 0;
+  std::size_t total = 0;
+  driver_.check(driver_.cuMemGetInfo_fn(&free, &total), "cuMemGetInfo");
+  const std::lock_guard lock(mutex_);
+  return std::min(free, properties_.capacity - created_bytes_);
+}
+
 Address CudaDevice::do_reserve(std::size_t bytes, std::size_t alignment) {
   const Scope scope(*this);
   CUdeviceptr address = 0;
@@ -122,32 +132,33 @@ void CudaDevice::do_unmap(Address address, Handle handle) {
 // Streams and events ---------------------------------------------------------------------------
 
 CUstream CudaDevice::find(StreamId stream) const {
-  const std::lock_guard lock(mutex_);
-  const auto it = streams_.find(stream);
-  if (it == streams_.end()) {
+  // No handle points into the first page.
+  bool known = stream >= 4096 || stream == kDefaultStream;
+  {
+    const std::lock_guard lock(mutex_);
+    const auto it = streams_.find(stream);
+    if (it != streams_.end()) known = it->second.in_use;
+  }
+  if (!known) {
     throw Error(ErrorCode::invalid_value,
                 properties_.name + ": no stream " + std::to_string(stream));
   }
-  return it->second.handle;
-}
-
-std::uintptr_t CudaDevice::native_stream(StreamId stream) const {
-  return reinterpret_cast<std::uintptr_t>(find(stream));
+  return reinterpret_cast<CUstream>(stream);
 }
 
 StreamId CudaDevice::do_create_stream(int priority) {
   const Scope scope(*this);
   const std::lock_guard lock(mutex_);
-  CUstream handle = nullptr;
-  if (const auto idle = idle_streams_.find(priority); idle != idle_streams_.end()) {
-    handle = idle->second;
-    idle_streams_.erase(idle);
-  } else {
-    driver_.check(driver_.cuStreamCreateWithPriority_fn(&handle, CU_STREAM_NON_BLOCKING, priority),
-                  "create_stream");
+  for (auto& [id, stream] : streams_) {
+    if (stream.in_use || stream.priority != priority) continue;
+    stream.in_use = true;
+    return id;
   }
-  streams_.emplace(next_stream_, Stream{handle, priority});
-  return next_stream_++;
+  CUstream handle = nullptr;
+  driver_.check(driver_.cuStreamCreateWithPriority_fn(&handle, CU_STREAM_NON_BLOCKING, priority),
+                "create_stream");
+  streams_.emplace(id_of(handle), Stream{priority, true});
+  return id_of(handle);
 }
 
 void CudaDevice::do_destroy_stream(StreamId stream) {
@@ -161,8 +172,46 @@ void CudaDevice::do_destroy_stream(StreamId stream) {
   driver_.check(result, "destroy_stream");
   const std::lock_guard lock(mutex_);
   const auto it = streams_.find(stream);
-  idle_streams_.emplace(it->second.priority, handle);
-  streams_.erase(it);
+  if (it == streams_.end()) {
+    throw Error(ErrorCode::invalid_value, properties_.name + ": stream " + std::to_string(stream) +
+                                              " was not created here");
+  }
+  it->second.in_use = false;
+}
+
+bool CudaDevice::is_idle(StreamId stream) {
+  const CUstream handle = find(stream);
+  const Scope scope(*this);
+  const CUresult result = driver_.cuStreamQuery_fn(handle);
+  if (result == CUDA_ERROR_NOT_READY) return false;
+  driver_.check(result, "query");
+  return true;
+}
+
+bool CudaDevice::is_capturing(StreamId stream) {
+  const CUstream handle = find(stream);
+  const Scope scope(*this);
+  CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
+  const CUresult result = driver_.cuStreamIsCapturing_fn(handle, &status);
+  // The default stream, while a stream that synchronises with it is captured.
+  if (result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT) return true;
+  driver_.check(result, "query");
+  return status != CU_STREAM_CAPTURE_STATUS_NONE;
+}
+
+void CudaDevice::copy_between(Address destination, int destination_ordinal, Address source,
+                              int source_ordinal, std::size_t bytes, StreamId stream) {
+  const CUstream handle = find(stream);
+  const int other = destination_ordinal == ordinal_ ? source_ordinal : destination_ordinal;
+  CUcontext context = nullptr;
+  driver_.check(driver_.cuDevicePrimaryCtxRetain_fn(&context, other), "cuDevicePrimaryCtxRetain");
+  const auto context_of = [&](int ordinal) { return ordinal == ordinal_ ? context_ : context; };
+  const Scope scope(*this);
+  const CUresult result =
+      driver_.cuMemcpyPeerAsync_fn(destination, context_of(destination_ordinal), source,
+                                   context_of(source_ordinal), bytes, handle);
+  driver_.cuDevicePrimaryCtxRelease_fn(other);
+  driver_.check(result, "copy", bytes);
 }
 
 void CudaDevice::do_copy(Address destination, Address source, std::size_t bytes, StreamId stream) {

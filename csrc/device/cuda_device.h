@@ -1,14 +1,14 @@
 // A CUDA device through the driver's virtual memory management: handles are physical VRAM, ranges
 // are reserved addresses of the process's primary context, the one that torch uses.
 //
-// Streams do not synchronise with the default stream and are never destroyed, since libraries keep
-// raw handles of them: one that is given back serves the next context. Events are reused once they
-// are done. Every call runs in relaxed capture mode, so that another thread's capture is not
-// broken.
+// A stream's id is its driver handle, so that streams of others (torch's, the user's) can be named
+// as well; the default stream is kDefaultStream. Streams of ours do not synchronise with the default
+// stream and are never destroyed, since libraries keep raw handles of them: one that is given back
+// serves the next context. Events are reused once they are done. Every call runs in relaxed capture
+// mode, so that another thread's capture is not broken.
 #pragma once
 
 #include <cstdint>
-#include <map>
 #include <mutex>
 #include <unordered_map>
 #include <vector>
@@ -25,12 +25,24 @@ class CudaDevice final : public Device {
   // Handles and ranges must have been given back.
   ~CudaDevice() override;
 
+  // CU_STREAM_LEGACY, the driver's name for what a null handle stands for.
+  static constexpr StreamId kDefaultStream = 1;
+  static StreamId id_of(const void* handle) {
+    return handle == nullptr ? kDefaultStream : reinterpret_cast<StreamId>(handle);
+  }
+
   bool is_done(EventId event) override;
+  bool is_idle(StreamId stream) override;
+  bool is_capturing(StreamId stream) override;
+  std::size_t free_bytes() override;
   // A child of a fork cannot use CUDA at all; it never touches VRAM.
   void privatise_in_child(Address /*address*/, Handle /*handle*/) noexcept override {}
 
-  // The driver's handle, a CUstream, to hand to torch. Valid forever.
-  std::uintptr_t native_stream(StreamId stream) const;
+  int ordinal() const { return ordinal_; }
+  // Between this device and another one, in either direction, on a stream of this one. Needs no
+  // peer access, which mapped memory does not have.
+  void copy_between(Address destination, int destination_ordinal, Address source,
+                    int source_ordinal, std::size_t bytes, StreamId stream);
 
  private:
   class Scope;
@@ -54,8 +66,8 @@ class CudaDevice final : public Device {
   void retire(EventId event);
 
   struct Stream {
-    CUstream handle = nullptr;
     int priority = 0;
+    bool in_use = true;
   };
 
   const CudaDriver& driver_;
@@ -66,11 +78,9 @@ class CudaDevice final : public Device {
 
   mutable std::mutex mutex_;
   std::size_t created_bytes_ = 0;
-  std::unordered_map<StreamId, Stream> streams_;
-  std::multimap<int, CUstream> idle_streams_;  // by priority
+  std::unordered_map<StreamId, Stream> streams_;  // ours
   std::unordered_map<EventId, CUevent> pending_;
   std::vector<CUevent> idle_events_;
-  StreamId next_stream_ = 1;
   EventId next_event_ = 1;
 };
 

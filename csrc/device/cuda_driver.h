@@ -27,8 +27,11 @@
   X(cuMemMap)                          \
   X(cuMemSetAccess)                    \
   X(cuMemUnmap)                        \
+  X(cuMemGetInfo)                      \
   X(cuMemcpyAsync)                     \
+  X(cuMemcpyPeerAsync)                 \
   X(cuStreamCreateWithPriority)        \
+  X(cuStreamIsCapturing)               \
   X(cuStreamQuery)                     \
   X(cuStreamSynchronize)               \
   X(cuStreamWaitEvent)                 \

@@ -24,6 +24,7 @@ struct Handle {
   std::size_t bytes = 0;
 };
 
+// Never 0.
 using StreamId = std::uint64_t;
 using EventId = std::uint64_t;
 
@@ -90,6 +91,12 @@ class Device {
   void synchronize_stream(StreamId stream);
   void synchronize_event(EventId event);
   virtual bool is_done(EventId event) = 0;
+  // Whether all work submitted to the stream so far is done. Not for a stream that is captured.
+  virtual bool is_idle(StreamId stream) = 0;
+  // Whether the stream's work is being captured into a graph: no event can be recorded on it.
+  virtual bool is_capturing(StreamId stream) = 0;
+  // What create() could still have, as far as the device can tell.
+  virtual std::size_t free_bytes() = 0;
 
   // In the child of a fork: gives it a mapping of its own, so that its writes do not reach the
   // parent. Async-signal-safe.

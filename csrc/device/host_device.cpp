@@ -50,6 +50,11 @@ HostDevice::~HostDevice() {
   ::close(file_);
 }
 
+std::size_t HostDevice::free_bytes() {
+  const std::lock_guard lock(mutex_);
+  return properties_.capacity - created_bytes_;
+}
+
 std::size_t HostDevice::committed_bytes() const {
   struct stat status{};
   if (::fstat(file_, &status) != 0) fail("fstat", 0, errno);

@@ -27,11 +27,18 @@ class HostDevice final : public Device {
   ~HostDevice() override;
 
   bool is_done(EventId event) override { return timeline_.is_done(event); }
+  bool is_idle(StreamId stream) override { return timeline_.is_idle(stream); }
+  bool is_capturing(StreamId stream) override { return timeline_.is_capturing(stream); }
+  std::size_t free_bytes() override;
   void privatise_in_child(Address address, Handle handle) noexcept override;
 
   // For tests: work submitted to a held stream waits until it is let go.
   void hold(StreamId stream) { timeline_.hold(stream); }
   void let_go(StreamId stream) { timeline_.let_go(stream); }
+  // For tests: no event can be recorded on a stream as long as it is captured.
+  void set_capturing(StreamId stream, bool capturing) {
+    timeline_.set_capturing(stream, capturing);
+  }
 
   // Bytes of host memory that the device's file occupies now.
   std::size_t committed_bytes() const;

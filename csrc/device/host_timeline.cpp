@@ -33,6 +33,9 @@ void HostTimeline::destroy_stream(StreamId stream) {
 EventId HostTimeline::submit(StreamId stream, Work work) {
   const std::lock_guard lock(mutex_);
   Stream& queue = find(stream);
+  if (queue.capturing) {
+    throw Error(ErrorCode::busy, "host: stream " + std::to_string(stream) + " is being captured");
+  }
   work.number = next_event_++;
   queue.pending.push_back(work);
   run_all();
@@ -84,6 +87,17 @@ bool HostTimeline::is_done(EventId event) {
   return done(event);
 }
 
+bool HostTimeline::is_idle(StreamId stream) {
+  const std::lock_guard lock(mutex_);
+  const Stream& queue = find(stream);
+  return queue.pending.empty() && !queue.held;
+}
+
+bool HostTimeline::is_capturing(StreamId stream) {
+  const std::lock_guard lock(mutex_);
+  return find(stream).capturing;
+}
+
 void HostTimeline::synchronize_stream(StreamId stream) {
   std::unique_lock lock(mutex_);
   const EventId last = find(stream).pending.empty() ? 0 : find(stream).pending.back().number;
@@ -104,6 +118,11 @@ void HostTimeline::let_go(StreamId stream) {
   const std::lock_guard lock(mutex_);
   find(stream).held = false;
   run_all();
+}
+
+void HostTimeline::set_capturing(StreamId stream, bool capturing) {
+  const std::lock_guard lock(mutex_);
+  find(stream).capturing = capturing;
 }
 
 }  // namespace pgk

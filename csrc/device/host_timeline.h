@@ -21,10 +21,13 @@ class HostTimeline {
   EventId record(StreamId stream);
   void wait(StreamId stream, EventId event);
   bool is_done(EventId event);
+  bool is_idle(StreamId stream);
+  bool is_capturing(StreamId stream);
   void synchronize_stream(StreamId stream);
   void synchronize_event(EventId event);
   void hold(StreamId stream);
   void let_go(StreamId stream);
+  void set_capturing(StreamId stream, bool capturing);
 
  private:
   // An event is the number of a piece of work: it is done when that piece and so, by the order
@@ -39,6 +42,7 @@ class HostTimeline {
   struct Stream {
     std::deque<Work> pending;
     bool held = false;
+    bool capturing = false;
   };
 
   Stream& find(StreamId stream);

@@ -8,7 +8,7 @@ namespace pgk::python {
 void bind_errors(pybind11::module_& module);
 void bind_device(pybind11::module_& module);
 // Only in builds for a CUDA torch.
-void bind_cuda_device(pybind11::module_& module);
+void bind_cuda(pybind11::module_& module);
 void bind_core(pybind11::module_& module);
 void bind_manager(pybind11::module_& module);
 

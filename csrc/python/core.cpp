@@ -36,27 +36,31 @@ void bind_arena(py::module_& module) {
       .def(py::init<std::size_t, std::uint32_t>(), py::arg("page_bytes"), py::arg("page_count"))
       .def(
           "allocate",
-          [](Arena& self, std::uint32_t granules) -> std::optional<std::uint32_t> {
-            const std::uint32_t start = self.allocate(granules);
+          [](Arena& self, std::uint32_t granules, Arena::Lane lane) -> std::optional<std::uint32_t> {
+            const std::uint32_t start = self.allocate(granules, lane);
             if (start == Arena::kNone) return std::nullopt;
             return start;
           },
-          py::arg("granules"))
+          py::arg("granules"), py::arg("lane") = 0)
+      .def("add_lane", &Arena::add_lane)
+      .def("adopt", &Arena::adopt, py::arg("source"), py::arg("target"))
       .def("release", &Arena::release, py::arg("start"))
+      .def("fence", &Arena::fence, py::arg("start"))
+      .def("unfence", &Arena::unfence, py::arg("start"))
       .def(
           "plan_growth",
-          [](const Arena& self, std::uint32_t granules) -> std::optional<Run> {
-            const auto plan = self.plan_growth(granules);
+          [](const Arena& self, std::uint32_t granules, Arena::Lane lane) -> std::optional<Run> {
+            const auto plan = self.plan_growth(granules, lane);
             if (!plan) return std::nullopt;
             return Run{plan->first, plan->count};
           },
-          py::arg("granules"))
+          py::arg("granules"), py::arg("lane") = 0)
       .def(
           "add_pages",
-          [](Arena& self, std::uint32_t first, std::uint32_t count) {
-            self.add_pages({first, count});
+          [](Arena& self, std::uint32_t first, std::uint32_t count, Arena::Lane lane) {
+            self.add_pages({first, count}, lane);
           },
-          py::arg("first"), py::arg("count"))
+          py::arg("first"), py::arg("count"), py::arg("lane") = 0)
       .def(
           "free_runs",
           [](Arena& self, std::optional<Run> beside) {
@@ -70,15 +74,22 @@ void bind_arena(py::module_& module) {
           },
           py::arg("beside") = std::nullopt)
       .def(
-          "remove_pages",
+          "retire",
           [](Arena& self, std::uint32_t block, std::uint32_t first, std::uint32_t count) {
-            self.remove_pages({block, {first, count}});
+            self.retire({block, {first, count}});
           },
           py::arg("block"), py::arg("first"), py::arg("count"))
+      .def(
+          "finish_retirement",
+          [](Arena& self, std::uint32_t first, std::uint32_t count, std::uint32_t removed) {
+            self.finish_retirement({first, count}, removed);
+          },
+          py::arg("first"), py::arg("count"), py::arg("removed"))
       .def("count_free_pages", &Arena::count_free_pages)
       .def("check_invariants", &Arena::check_invariants)
       .def_property_readonly("used_bytes", &Arena::used_bytes)
       .def_property_readonly("peak_bytes", &Arena::peak_bytes)
+      .def_property_readonly("fenced_bytes", &Arena::fenced_bytes)
       .def_property_readonly("page_bytes", &Arena::page_bytes)
       .def_property_readonly("resident_pages", &Arena::resident_pages)
       .def_property_readonly("live_blocks", &Arena::live_blocks);

@@ -43,6 +43,9 @@ void bind_device(py::module_& module) {
       .def("synchronize_stream", &Device::synchronize_stream, py::arg("stream"), Unlocked())
       .def("synchronize_event", &Device::synchronize_event, py::arg("event"), Unlocked())
       .def("is_done", &Device::is_done, py::arg("event"), Unlocked())
+      .def("is_idle", &Device::is_idle, py::arg("stream"), Unlocked())
+      .def("is_capturing", &Device::is_capturing, py::arg("stream"), Unlocked())
+      .def("free_bytes", &Device::free_bytes, Unlocked())
       .def("inject_fault", &Device::inject_fault, py::arg("n"),
            py::arg_v("call", Device::Call::any, "Call.any"))
       .def("count", &Device::count, py::arg("call"));
@@ -51,6 +54,7 @@ void bind_device(py::module_& module) {
       .def(py::init<std::size_t>(), py::arg("capacity"))
       .def("hold", &HostDevice::hold, py::arg("stream"))
       .def("let_go", &HostDevice::let_go, py::arg("stream"), Unlocked())
+      .def("set_capturing", &HostDevice::set_capturing, py::arg("stream"), py::arg("capturing"))
       .def_property_readonly("committed_bytes", &HostDevice::committed_bytes)
       .def_property_readonly_static("GRANULARITY",
                                     [](const py::object&) { return HostDevice::kGranularity; });

@@ -25,7 +25,7 @@ py::object python_class(ErrorCode code) {
       return ours("DeviceError");
     case ErrorCode::forked:
       return ours("ForkError");
-    case ErrorCode::wrong_thread:
+    case ErrorCode::session:
       return ours("SessionError");
     case ErrorCode::internal:
       break;

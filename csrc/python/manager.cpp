@@ -3,8 +3,11 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
 #include <string>
+#include <vector>
 
+#include "core/blocking.h"
 #include "core/session.h"
 #include "python/bindings.h"
 #include "torch/cpu_allocator.h"
@@ -33,7 +36,8 @@ void bind_records(py::module_& module) {
       .def_readonly("base", &Usage::base)
       .def_readonly("peak", &Usage::peak)
       .def_readonly("available", &Usage::available)
-      .def_readonly("live_blocks", &Usage::live_blocks);
+      .def_readonly("live_blocks", &Usage::live_blocks)
+      .def_readonly("sessions", &Usage::sessions);
 
   py::class_<DeviceUsage>(module, "DeviceUsage")
       .def_readonly("capacity", &DeviceUsage::capacity)
@@ -48,23 +52,55 @@ void bind_records(py::module_& module) {
       .def_readonly("growths", &Context::Counters::growths)
       .def_readonly("refusals", &Context::Counters::refusals)
       .def_readonly("pages_mapped", &Context::Counters::pages_mapped)
-      .def_readonly("pages_unmapped", &Context::Counters::pages_unmapped);
+      .def_readonly("pages_unmapped", &Context::Counters::pages_unmapped)
+      .def_readonly("allocated_bytes", &Context::Counters::allocated_bytes);
+
+  py::class_<Totals>(module, "Totals")
+      .def_readonly("counters", &Totals::counters)
+      .def_readonly("used", &Totals::used)
+      .def_readonly("peak", &Totals::peak)
+      .def_readonly("fenced", &Totals::fenced)
+      .def_readonly("live_blocks", &Totals::live_blocks)
+      .def_readonly("pages", &Totals::pages)
+      .def_readonly("existing", &Totals::existing)
+      .def_readonly("existing_peak", &Totals::existing_peak);
 }
 
 void bind_context(py::module_& module) {
   py::class_<Context, std::shared_ptr<Context>>(module, "Context")
       .def(
           "allocate",
-          [](Context& self, std::size_t bytes) {
-            return reinterpret_cast<std::uintptr_t>(self.allocate(bytes));
+          [](Context& self, std::size_t bytes, std::optional<StreamId> stream) {
+            return reinterpret_cast<std::uintptr_t>(
+                self.allocate(bytes, stream.value_or(self.stream())));
           },
-          py::arg("bytes"), Unlocked())
+          py::arg("bytes"), py::arg("stream") = std::nullopt, Unlocked())
+      .def(
+          "try_allocate",
+          [](Context& self, std::size_t bytes, std::optional<StreamId> stream, bool may_wait) {
+            return reinterpret_cast<std::uintptr_t>(
+                self.try_allocate(bytes, stream.value_or(self.stream()), may_wait));
+          },
+          py::arg("bytes"), py::arg("stream") = std::nullopt, py::arg("may_wait") = true,
+          Unlocked())
       .def(
           "free",
           [](Context& self, std::uintptr_t address) {
             self.free(reinterpret_cast<void*>(address));
           },
           py::arg("address"), Unlocked())
+      .def(
+          "free_after",
+          [](Context& self, std::uintptr_t address, const std::vector<StreamId>& streams) {
+            self.free_after(reinterpret_cast<void*>(address), streams);
+          },
+          py::arg("address"), py::arg("streams"), Unlocked())
+      .def(
+          "record_use",
+          [](Context& self, std::uintptr_t address, StreamId stream) {
+            self.record_use(reinterpret_cast<void*>(address), stream);
+          },
+          py::arg("address"), py::arg("stream"))
       .def(
           "block_bytes",
           [](const Context& self, std::uintptr_t address) {
@@ -76,13 +112,16 @@ void bind_context(py::module_& module) {
       .def_property_readonly("name", &Context::name)
       .def_property_readonly("tier", &Context::tier)
       .def_property_readonly("stream", &Context::stream)
+      .def_property_readonly("streams", &Context::streams)
       .def_property_readonly("page_bytes", &Context::page_bytes)
+      .def_property_readonly("used_bytes", &Context::used_bytes)
       .def_property_readonly("is_destroyed", &Context::is_destroyed)
       .def_property_readonly("sessions", &Context::sessions)
       .def_property_readonly("counters", &Context::counters);
 
   py::class_<Session>(module, "Session")
-      .def(py::init<std::shared_ptr<Context>>(), py::arg("context").none(false))
+      .def(py::init<std::shared_ptr<Context>, bool, bool>(), py::arg("context").none(false),
+           py::arg("ordered") = true, py::arg("keeps_active") = true)
       .def("enter", &Session::enter)
       .def("exit", &Session::exit);
 
@@ -92,14 +131,25 @@ void bind_context(py::module_& module) {
   });
 }
 
+// Work of ours that blocks may be reached with the GIL held: torch allocates under it.
+void let_go_of_the_gil_to_block() {
+  Blocking::set_hooks({
+      .begin = []() -> void* { return PyGILState_Check() != 0 ? PyEval_SaveThread() : nullptr; },
+      .end = [](void* state) { PyEval_RestoreThread(static_cast<PyThreadState*>(state)); },
+  });
+}
+
 }  // namespace
 
 void bind_manager(py::module_& module) {
+  let_go_of_the_gil_to_block();
   bind_records(module);
   bind_context(module);
+  py::class_<ThreadStreams, std::unique_ptr<ThreadStreams, py::nodelete>>(module, "ThreadStreams");
 
   py::class_<Manager, std::shared_ptr<Manager>>(module, "Manager")
-      .def(py::init(&Manager::make), py::arg("device").none(false))
+      .def(py::init(&Manager::make), py::arg("device").none(false),
+           py::arg("thread_streams") = nullptr)
       .def(
           "create_context",
           [](const py::object& self, std::string name, std::size_t max, std::size_t base,
@@ -122,6 +172,9 @@ void bind_manager(py::module_& module) {
            py::arg("base"), Unlocked())
       .def("usage", &Manager::usage, py::arg("context"), Unlocked())
       .def("device_usage", &Manager::device_usage, Unlocked())
+      .def("totals", &Manager::totals, Unlocked())
+      .def("reset_peaks", &Manager::reset_peaks, Unlocked())
+      .def("trim", &Manager::trim, Unlocked())
       .def("check_invariants", &Manager::check_invariants, Unlocked())
       .def_property_readonly("device", &Manager::device);
 

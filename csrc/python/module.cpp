@@ -5,7 +5,7 @@ PYBIND11_MODULE(native, module) {
   pgk::python::bind_errors(module);
   pgk::python::bind_device(module);
 #ifdef PGK_WITH_CUDA
-  pgk::python::bind_cuda_device(module);
+  pgk::python::bind_cuda(module);
 #endif
   pgk::python::bind_core(module);
   pgk::python::bind_manager(module);

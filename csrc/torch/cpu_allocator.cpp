@@ -36,7 +36,8 @@ class CpuAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(std::size_t bytes) override {
     Context* context = current_context();
-    if (context == nullptr || bytes == 0) {
+    // Contexts whose sessions switch a thread's stream are those of another kind of device.
+    if (context == nullptr || context->thread_streams() != nullptr || bytes == 0) {
       c10::DataPtr data = stock->allocate(bytes);
       // Fails only for a pointer that does not come from plain allocation; it keeps its deleter.
       std::ignore = data.compare_exchange_deleter(stock_delete, &delete_block);
@@ -44,7 +45,7 @@ class CpuAllocator final : public c10::Allocator {
     }
     void* pointer = nullptr;
     try {
-      pointer = context->allocate(bytes);
+      pointer = context->allocate(bytes, context->stream());
     } catch (const Error& error) {
       TORCH_CHECK_WITH(OutOfMemoryError, error.code() != ErrorCode::out_of_memory, error.what());
       throw;

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import subprocess
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+import pygpukit_torch as pgk
 from benchmarks.provenance import commit
-from pygpukit_torch import native
+from pygpukit_torch import GB, native
+from pygpukit_torch.runtime import existing
 
 collect_ignore_glob = [] if torch.cuda.is_available() else ["test_*.py"]
 
@@ -21,6 +25,29 @@ collect_ignore_glob = [] if torch.cuda.is_available() else ["test_*.py"]
 @pytest.fixture
 def device() -> native.CudaDevice:
     return native.CudaDevice(0, 4 << 30)
+
+
+@pytest.fixture
+def cuda() -> Iterator[None]:
+    """A CUDA device of 16 GiB; whatever contexts a test leaves are destroyed."""
+    pgk.initialize(device="cuda", total_vram=16 * GB)
+    torch.cuda.synchronize()
+    yield
+    gc.collect()
+    torch.cuda.synchronize()
+    for context in pgk.list_contexts():
+        context.destroy()
+    pgk.shutdown()
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def check_invariants(cuda: None) -> Iterator[None]:
+    """The books are checked after the test."""
+    yield
+    runtime = existing()
+    assert runtime is not None
+    runtime.manager.check_invariants()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

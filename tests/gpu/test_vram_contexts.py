@@ -62,7 +62,7 @@ def test_kernels_of_torch_work_in_a_contexts_memory(device: native.CudaDevice) -
     )
     tensor = torch.as_tensor(view, device="cuda")
     assert tensor.data_ptr() == block
-    stream = torch.cuda.ExternalStream(device.native_stream(context.stream))
+    stream = torch.cuda.ExternalStream(context.stream)
     with torch.cuda.stream(stream):
         tensor.fill_(2)
         total = (tensor @ tensor).item()
@@ -75,17 +75,17 @@ def test_kernels_of_torch_work_in_a_contexts_memory(device: native.CudaDevice) -
 
 def test_streams_are_recycled_not_destroyed(device: native.CudaDevice) -> None:
     first = device.create_stream(-1)
-    raw = device.native_stream(first)
     device.destroy_stream(first)
-    assert device.native_stream(device.create_stream(-1)) == raw
-    assert torch.cuda.ExternalStream(raw).priority == -1
     with pytest.raises(ValueError, match="no stream"):
-        device.native_stream(first)
+        device.record(first)
+    assert device.create_stream(-1) == first
+    assert torch.cuda.ExternalStream(first).priority == -1
+    assert device.create_stream(-1) != first
 
 
 def test_a_stream_with_unfinished_work_cannot_be_given_back(device: native.CudaDevice) -> None:
     stream = device.create_stream()
-    with torch.cuda.stream(torch.cuda.ExternalStream(device.native_stream(stream))):
+    with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
         torch.cuda._sleep(200_000_000)
     event = device.record(stream)
     assert not device.is_done(event)

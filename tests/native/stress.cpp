@@ -64,7 +64,7 @@ void work(Manager& manager, const std::shared_ptr<Context>& shared, int index) {
       session.enter();
       const std::size_t bytes = 1 + below(below(10) == 0 ? 3 * MiB : 20 * KiB);
       try {
-        const Block block{current_context()->allocate(bytes), bytes,
+        const Block block{current_context()->allocate(bytes, current_context()->stream()), bytes,
                           static_cast<unsigned char>(index + 1)};
         block.write();
         blocks.push_back(block);

@@ -13,6 +13,14 @@ GRANULE = 512
 PAGES = 24
 
 
+def remove(
+    arena: native.Arena, block: int, first: int, count: int, removed: int | None = None
+) -> None:
+    arena.retire(block, first, count)
+    arena.check_invariants()
+    arena.finish_retirement(first, count, count if removed is None else removed)
+
+
 class ArenaMachine(RuleBasedStateMachine):
     """Allocates, frees, adds and removes pages; knows every live block and resident page."""
 
@@ -86,8 +94,9 @@ class ArenaMachine(RuleBasedStateMachine):
         if runs:
             block, first, count = data.draw(st.sampled_from(runs))
             keep = data.draw(st.integers(0, count - 1))
-            self.arena.remove_pages(block, first + keep, count - keep)
-            self.resident -= set(range(first + keep, first + count))
+            removed = data.draw(st.integers(0, count - keep))
+            remove(self.arena, block, first + keep, count - keep, removed)
+            self.resident -= set(range(first + count - removed, first + count))
 
     @invariant()
     def agrees_with_the_model(self) -> None:
@@ -132,7 +141,7 @@ def test_growth_joins_both_sides_of_a_hole() -> None:
     first = arena.allocate(12)
     arena.release(first)
     assert arena.free_runs() == [(0, 0, 3)]
-    arena.remove_pages(0, 1, 1)
+    remove(arena, 0, 1, 1)
     # Four granules free on each side: ten need the page between them.
     assert arena.plan_growth(10) == (1, 1)
     arena.add_pages(1, 1)
@@ -164,7 +173,7 @@ def test_a_long_random_walk_over_many_sizes() -> None:
             plan = arena.plan_growth(granules)
             if plan is None or arena.resident_pages + plan[1] > 16:
                 for block, first, count in arena.free_runs():
-                    arena.remove_pages(block, first, count)
+                    remove(arena, block, first, count)
                 continue
             arena.add_pages(*plan)
             start = arena.allocate(granules)
@@ -195,10 +204,104 @@ def test_pages_that_are_no_hole_cannot_be_added(first: int, count: int) -> None:
 
 
 @pytest.mark.parametrize("run", [(0, 0, 0), (0, 0, 4), (0, 2, 1), (3, 3, 1), (99, 99, 1)])
-def test_pages_that_are_not_free_cannot_be_removed(run: tuple[int, int, int]) -> None:
+def test_pages_that_are_not_free_cannot_be_retired(run: tuple[int, int, int]) -> None:
     arena = native.Arena(GRANULE, 8)
     arena.add_pages(0, 3)
     arena.allocate(1)
     with pytest.raises(ValueError, match="one free block"):
-        arena.remove_pages(*run)
+        arena.retire(*run)
     arena.check_invariants()
+
+
+def test_only_what_is_retired_can_be_ended() -> None:
+    arena = native.Arena(GRANULE, 8)
+    arena.add_pages(0, 3)
+    for run in [(0, 3, 3), (0, 3, 0), (5, 1, 1), (99, 1, 1)]:
+        with pytest.raises(ValueError, match="is retired"):
+            arena.finish_retirement(*run)
+    arena.retire(0, 0, 3)
+    with pytest.raises(ValueError, match="is retired"):
+        arena.finish_retirement(0, 2, 2)
+    arena.check_invariants()
+
+
+class LaneMachine(RuleBasedStateMachine):
+    """Lanes and fences: what was released on one lane is only handed out there again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arena = native.Arena(4 * GRANULE, PAGES)
+        self.lanes = [0]
+        self.owner = {}  # granule: the lane it may be handed out on
+        self.live: dict[int, tuple[int, int]] = {}  # start: granules, lane
+        self.fenced: dict[int, tuple[int, int]] = {}
+
+    @rule()
+    def add_lane(self) -> None:
+        if len(self.lanes) < 4:
+            self.lanes.append(self.arena.add_lane())
+
+    @rule(data=st.data(), granules=st.integers(1, 12))
+    def allocate(self, data: st.DataObject, granules: int) -> None:
+        lane = data.draw(st.sampled_from(self.lanes))
+        start = self.arena.allocate(granules, lane)
+        if start is None:
+            plan = self.arena.plan_growth(granules, lane)
+            if plan is None:
+                return
+            self.arena.add_pages(*plan, lane)
+            for granule in range(plan[0] * 4, (plan[0] + plan[1]) * 4):
+                self.owner[granule] = lane
+            start = self.arena.allocate(granules, lane)
+            assert start is not None
+        for granule in range(start, start + granules):
+            assert self.owner.pop(granule) == lane
+        self.live[start] = (granules, lane)
+
+    @rule(data=st.data(), fenced=st.booleans())
+    def release(self, data: st.DataObject, fenced: bool) -> None:
+        if not self.live:
+            return
+        start = data.draw(st.sampled_from(sorted(self.live)))
+        granules, lane = self.live.pop(start)
+        if fenced:
+            assert self.arena.fence(start) == granules
+            self.fenced[start] = (granules, lane)
+        else:
+            assert self.arena.release(start) == granules
+            self.owner.update(dict.fromkeys(range(start, start + granules), lane))
+
+    @rule(data=st.data())
+    def unfence(self, data: st.DataObject) -> None:
+        if self.fenced:
+            start = data.draw(st.sampled_from(sorted(self.fenced)))
+            granules, lane = self.fenced.pop(start)
+            self.arena.unfence(start)
+            self.owner.update(dict.fromkeys(range(start, start + granules), lane))
+
+    @rule(data=st.data())
+    def adopt(self, data: st.DataObject) -> None:
+        source, target = data.draw(st.permutations(self.lanes))[:2] if len(self.lanes) > 1 else (0, 0)
+        if source != target:
+            self.arena.adopt(source, target)
+            for granule, lane in self.owner.items():
+                if lane == source:
+                    self.owner[granule] = target
+
+    @rule(data=st.data())
+    def remove_pages(self, data: st.DataObject) -> None:
+        if runs := self.arena.free_runs():
+            block, first, count = data.draw(st.sampled_from(runs))
+            remove(self.arena, block, first, count)
+            for granule in range(first * 4, (first + count) * 4):
+                del self.owner[granule]
+
+    @invariant()
+    def agrees_with_the_model(self) -> None:
+        self.arena.check_invariants()
+        assert self.arena.used_bytes == sum(size for size, _ in self.live.values()) * GRANULE
+        assert self.arena.fenced_bytes == sum(size for size, _ in self.fenced.values()) * GRANULE
+
+
+TestLanes = LaneMachine.TestCase
+TestLanes.settings = settings(max_examples=300, stateful_step_count=40)

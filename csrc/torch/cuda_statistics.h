@@ -1,0 +1,45 @@
+// What torch's statistics say of contexts: native's figures and theirs in one, nothing counted twice.
+#pragma once
+
+#include <c10/core/CachingDeviceAllocator.h>
+
+#include <memory>
+#include <mutex>
+
+#include "core/manager.h"
+#include "torch/cuda_pools.h"
+
+namespace pgk {
+
+class CudaStatistics {
+ public:
+  void watch(const std::shared_ptr<Manager>& manager);
+  // Adds the contexts' figures to native's, which hold the segments that contexts provide already.
+  // Peaks are added up: exact as long as one of the parties works at a time, never below the peak
+  // of the sum.
+  void add_to(c10::CachingDeviceAllocator::DeviceStats& stats, const Segments& segments) const;
+  void reset_accumulated(const Segments& segments);
+
+ private:
+  // What came and went since the beginning; the difference is what there is.
+  struct Flow {
+    std::int64_t in = 0;
+    std::int64_t out = 0;
+  };
+  struct Flows {
+    Flow blocks;
+    Flow bytes;
+    Flow reserved;  // bytes
+    Flow pages;
+    std::int64_t refusals = 0;
+  };
+  static Flows flows(const Totals& totals, const Segments& segments);
+  static void add(c10::CachingAllocator::StatArray& array, const Flow& now, const Flow& at_reset,
+                  std::int64_t peak);
+
+  mutable std::mutex mutex_;
+  std::weak_ptr<Manager> manager_;
+  Flows at_reset_;
+};
+
+}  // namespace pgk

@@ -1,0 +1,112 @@
+"""The kinds of device: what has to be made and installed for contexts on each."""
+
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+
+from pygpukit_torch import native
+from pygpukit_torch.errors import InitializationError
+from pygpukit_torch.settings import Settings, free_host_memory
+
+
+class Backend(Protocol):
+    """A device with its manager, connected to torch.
+
+    Attributes:
+        settings: as given, with all sizes filled in.
+    """
+
+    settings: Settings
+    device: native.Device
+    manager: native.Manager
+
+    def install(self) -> None:
+        """Let torch's allocator serve contexts."""
+
+    def uninstall(self) -> None:
+        """Put torch's allocator back."""
+
+    def context_destroyed(self, context: native.Context) -> None:
+        """Give back what torch itself keeps of the context's memory, as far as it can."""
+
+
+def open_backend(settings: Settings) -> Backend:
+    """Make the device that the settings name.
+
+    Raises:
+        InitializationError: torch's allocator cannot be replaced, or the device not be used.
+        ValueError: ``total_vram`` is not a capacity that the device can have.
+    """
+    return _Cuda(settings) if settings.device == "cuda" else _Host(settings)
+
+
+def _completed(settings: Settings, device: native.Device) -> Settings:
+    total = device.capacity if settings.total_vram is None else settings.total_vram
+    backup = settings.host_backup
+    if backup is None:
+        backup = min(total, free_host_memory() // 2)
+    return replace(settings, total_vram=total, host_backup=backup)
+
+
+class _Host:
+    """Host memory and CPU tensors."""
+
+    def __init__(self, settings: Settings) -> None:
+        assert settings.total_vram is not None
+        self.device = native.HostDevice(settings.total_vram)
+        self.manager = native.Manager(self.device)
+        self.settings = _completed(settings, self.device)
+
+    def install(self) -> None:
+        native.install_cpu_allocator()
+
+    def uninstall(self) -> None:
+        native.uninstall_cpu_allocator()
+
+    def context_destroyed(self, context: native.Context) -> None:
+        pass
+
+
+class _Cuda:
+    """VRAM and CUDA tensors."""
+
+    def __init__(self, settings: Settings) -> None:
+        if settings.install:
+            try:
+                native.cuda_allocator()
+            except ValueError as error:
+                raise InitializationError(str(error)) from None
+        self.device = native.CudaDevice(settings.device_id, settings.total_vram or 0)
+        self.manager = native.Manager(self.device, native.cuda_streams(self.device))
+        self.settings = _completed(settings, self.device)
+
+    def install(self) -> None:
+        if not self.settings.install:
+            return
+        if not native.cuda_is_initialized():
+            torch.cuda.memory.change_current_allocator(ContextAllocator())
+        native.install_cuda_allocator()
+        native.serve_contexts_of(self.manager)
+
+    def uninstall(self) -> None:
+        if self.settings.install:
+            native.uninstall_cuda_allocator()
+
+    def context_destroyed(self, context: native.Context) -> None:
+        # Torch keeps cuBLAS workspaces by stream, and can only give up all of them. A graph may hold
+        # their addresses, a session that runs may be about to use them: then it is left to the next.
+        active = any(usage.sessions for usage in self.manager.device_usage().contexts)
+        if context.used_bytes and not active and not native.has_cuda_pools():
+            torch._C._cuda_clearCublasWorkspaces()
+
+
+class ContextAllocator(torch.cuda.memory.CUDAPluggableAllocator):
+    """What is registered with torch: its native allocator, decorated.
+
+    Threads in a session are served from their context; all else is torch's as before.
+    """
+
+    def __init__(self) -> None:
+        # Not the base's, which loads two functions from a library.
+        self._allocator = native.cuda_allocator()

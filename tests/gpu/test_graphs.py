@@ -1,0 +1,257 @@
+"""CUDA graphs in sessions: their memory is the context's, and they keep working whatever others do."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import pytest
+import torch
+
+import pygpukit_torch as pgk
+from pygpukit_torch import GB, MB, context_session, create_context
+
+pytestmark = pytest.mark.usefixtures("check_invariants")
+
+Captured = tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]
+
+
+def work(x: torch.Tensor) -> torch.Tensor:
+    return torch.relu(x @ x).sum(1) * 2
+
+
+def captured(context: pgk.ExecutionContext, seed: int) -> Captured:
+    with context_session(context):
+        torch.manual_seed(seed)
+        x = torch.randn(1024, 1024, device="cuda")
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            work(x)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = work(x)
+    return graph, x, y
+
+
+def replayed(context: pgk.ExecutionContext, graph: Captured) -> torch.Tensor:
+    with context_session(context):
+        graph[1].mul_(0.5)
+        graph[0].replay()
+        return graph[2].clone()
+
+
+def test_a_graphs_memory_is_charged_and_given_back() -> None:
+    context = create_context("a", GB)
+    native_before = torch.cuda.memory_reserved()
+    graph, x, y = captured(context, 1)
+    with_graph = context.usage().used
+    total = torch.cuda.memory_allocated()
+    assert with_graph >= 4 * MB + 2 * MB
+    torch.testing.assert_close(replayed(context, (graph, x, y)), work(x))
+    assert torch.cuda.memory_allocated() - total < 4 * MB
+    # Everything that came since is the context's: native has nothing of it.
+    assert torch.cuda.memory_reserved() - native_before <= context.usage().reserved + 64 * MB
+    del y, graph
+    gc.collect()
+    torch.cuda.synchronize()
+    with context_session(context):
+        torch.empty(300 * MB, dtype=torch.uint8, device="cuda")
+    assert context.usage().used < with_graph
+
+
+def test_graphs_of_two_contexts_replay_at_once_and_one_outlives_the_other() -> None:
+    a, b = create_context("a", GB), create_context("b", GB)
+    graphs = {a: captured(a, 1), b: captured(b, 2)}
+
+    def replay(context: pgk.ExecutionContext, times: int) -> None:
+        for _ in range(times):
+            result = replayed(context, graphs[context])
+            torch.testing.assert_close(result, work(graphs[context][1]))
+            graphs[context][1].normal_()
+
+    errors: list[BaseException] = []
+
+    def guarded(context: pgk.ExecutionContext) -> None:
+        try:
+            replay(context, 30)
+        except BaseException as error:
+            errors.append(error)
+
+    workers = [threading.Thread(target=guarded, args=(context,)) for context in graphs]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not errors, errors
+    del graphs[a]
+    gc.collect()
+    a.destroy()
+    torch.cuda.empty_cache()
+    hog = create_context("hog", 4 * GB)
+    with context_session(hog):
+        torch.ones(GB, device="cuda", dtype=torch.uint8).fill_(255)
+    replay(b, 20)
+
+
+def test_a_capture_beside_a_user_of_the_default_stream() -> None:
+    context = create_context("a", GB)
+    stop = threading.Event()
+    errors: list[BaseException] = []
+
+    def use_the_default_stream() -> None:
+        try:
+            while not stop.is_set():
+                x = torch.ones(1000, device="cuda")
+                (x * 2).sum()
+        except BaseException as error:
+            errors.append(error)
+
+    other = threading.Thread(target=use_the_default_stream)
+    other.start()
+    try:
+        for seed in range(5):
+            graph = captured(context, seed)
+            torch.testing.assert_close(replayed(context, graph), work(graph[1]))
+    finally:
+        stop.set()
+        other.join()
+    assert not errors, errors
+
+
+def test_other_contexts_grow_and_shrink_while_one_captures() -> None:
+    capturing, busy = create_context("capturing", GB), create_context("busy", 4 * GB)
+    stop = threading.Event()
+    errors: list[BaseException] = []
+
+    def allocate() -> None:
+        try:
+            size = 1
+            while not stop.is_set():
+                with context_session(busy, wait=False):
+                    torch.empty(size * 64 * MB, dtype=torch.uint8, device="cuda")
+                busy._runtime.manager.trim()
+                size = size % 16 + 1
+        except BaseException as error:
+            errors.append(error)
+
+    other = threading.Thread(target=allocate)
+    other.start()
+    try:
+        for seed in range(5):
+            graph = captured(capturing, seed)
+            torch.testing.assert_close(replayed(capturing, graph), work(graph[1]))
+    finally:
+        stop.set()
+        other.join()
+    assert not errors, errors
+
+
+def test_an_overrun_in_a_capture_leaves_the_process_usable() -> None:
+    context = create_context("small", 128 * MB)
+    graph = torch.cuda.CUDAGraph()
+    with context_session(context):
+        x = torch.ones(16 * MB, dtype=torch.uint8, device="cuda")
+        with (
+            pytest.raises(torch.OutOfMemoryError, match="context 'small' is out of memory"),
+            torch.cuda.graph(graph),
+        ):
+            kept = [x.repeat(2) for _ in range(20)]
+        del graph
+        gc.collect()
+        torch.cuda.synchronize()
+        assert x.sum().item() == 16 * MB
+    kept = []
+    assert not kept
+    fresh = captured(create_context("fresh", GB), 3)
+    torch.testing.assert_close(replayed(pgk.get_context("fresh"), fresh), work(fresh[1]))
+    with context_session(context):
+        assert torch.ones(64 * MB, dtype=torch.uint8, device="cuda").sum().item() == 64 * MB
+
+
+def test_graphs_that_share_a_pool() -> None:
+    context = create_context("a", GB)
+    pool = torch.cuda.graph_pool_handle()
+    with context_session(context):
+        x = torch.randn(512, 512, device="cuda")
+        work(x)
+        graphs, outputs = [], []
+        for _ in range(3):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                outputs.append(work(x))
+            graphs.append(graph)
+        for graph in graphs:
+            graph.replay()
+        for output in outputs:
+            torch.testing.assert_close(output, work(x))
+        graphs.pop(0).reset()
+        x.normal_()
+        for graph in graphs:
+            graph.replay()
+        for output in outputs[1:]:
+            torch.testing.assert_close(output, work(x))
+    used = context.usage().used
+    del graph, output
+    graphs.clear()
+    outputs.clear()
+    gc.collect()
+    torch.cuda.synchronize()
+    assert context.usage().used < used
+
+
+def test_a_mempool_made_in_a_session_is_the_contexts() -> None:
+    context = create_context("a", GB)
+    with context_session(context):
+        pool = torch.cuda.MemPool()
+        with torch.cuda.use_mem_pool(pool):
+            x = torch.ones(4 * MB, device="cuda")
+        assert 16 * MB <= context.usage().used < 40 * MB
+    assert x.sum().item() == 4 * MB
+    del x, pool
+    gc.collect()
+    assert context.usage().used == 0
+
+
+def test_make_graphed_callables() -> None:
+    context = create_context("a", GB)
+    torch.manual_seed(0)
+    with context_session(context):
+        model = torch.nn.Sequential(
+            torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8)
+        ).cuda()
+        x = torch.randn(32, 64, device="cuda", requires_grad=True)
+        expected = model(x)
+        expected.sum().backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        model.zero_grad(set_to_none=True)
+        graphed = torch.cuda.make_graphed_callables(model, (x,))
+        result = graphed(x)
+        result.sum().backward()
+        torch.testing.assert_close(result, expected)
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)
+    assert context.usage().used > 0
+
+
+def test_reduce_overhead_with_outputs_kept_alive() -> None:
+    context = create_context("a", 2 * GB)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x @ x) * 2 + 1
+
+    x = torch.randn(256, 256, device="cuda")
+    with context_session(context):
+        x = torch.randn(256, 256, device="cuda")
+        compiled = torch.compile(function, mode="reduce-overhead")
+        kept = []
+        for _ in range(6):
+            torch.compiler.cudagraph_mark_step_begin()
+            kept.append(compiled(x).clone())
+            output = compiled(x)  # alive while the next iteration begins
+            torch.testing.assert_close(output, function(x), rtol=1e-3, atol=1e-3)
+            x = x * 0.9
+        assert len(kept) == 6
+    assert context.usage().used > 0
+    torch._dynamo.reset()
