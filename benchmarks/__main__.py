@@ -1,21 +1,20 @@
 """Command line of the benchmarks."""
 
 import argparse
+from importlib import import_module
 from pathlib import Path
 
-from benchmarks import alloc
-
-STORIES = {"alloc": alloc.run}
+STORIES = ("alloc", "borders", "generate")
 
 
 def main() -> None:
     """Run one story and show its figures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("story", choices=sorted(STORIES))
+    parser.add_argument("story", choices=STORIES)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument("--json", type=Path, metavar="FILE", help="store the figures")
     arguments = parser.parse_args()
-    report = STORIES[arguments.story](arguments.quick)
+    report = import_module(f"benchmarks.{arguments.story}").run(arguments.quick)
     report.show()
     if arguments.json:
         report.save(arguments.json)

@@ -1,14 +1,16 @@
-"""Allocate + free that hits, inside a session, against torch's stock CPU allocator.
+"""Allocate + free that hits, inside a session, against the allocator that torch has without us.
 
-Both sides are called through torch's allocator interface, from C++, in the same run and in turns.
-Threads have a context each.
+Both sides are called through torch's allocator interface, from C++, in the same run and in turns: on
+CUDA where there is a GPU, else on the host device. Threads have a context each.
 """
 
+import os
 import statistics
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch.utils.cpp_extension import load
 
 import pygpukit_torch as pgk
@@ -16,72 +18,81 @@ from benchmarks.report import Report
 from pygpukit_torch import GB, KB, MB
 
 SIZES = [512, 4 * KB, 64 * KB, 1 * MB, 8 * MB, 64 * MB]
-THREADS = [1, 2]
 LIVE = 4
 
-Timer = Callable[[int, int, int], float]
+Timer = Callable[[bool, int, int, int], float]
 
 
 def run(quick: bool) -> Report:
     """Measure. ``quick`` runs fewer repetitions."""
     seconds, repetitions = (0.005, 5) if quick else (0.03, 15)
+    cuda = torch.cuda.is_available()
     loop = load(
         "pygpukit_alloc_loop",
         [str(Path(__file__).with_name("alloc_loop.cpp"))],
         extra_cflags=["-O2", "-std=c++20"],
     )
-    pgk.initialize(device="cpu", total_vram=4 * GB)
-    contexts = [pgk.create_context(f"bench-{i}", 1 * GB) for i in range(max(THREADS))]
+    if cuda:
+        torch.cuda.init()
+    loop.remember_stock(cuda)
+    pgk.initialize(device="cuda" if cuda else "cpu", total_vram=8 * GB if cuda else 4 * GB)
+    cores = len(os.sched_getaffinity(0))
+    threads = [count for count in (1, 2, 4, 8) if count <= max(2, cores)]
+    contexts = [pgk.create_context(f"bench-{i}", 1 * GB) for i in range(threads[-1])]
     report = Report(
         "alloc",
         "ns a pair of allocate + free, median",
-        ["bytes", "threads", "stock", "session", "stock spread", "session spread", "ratio"],
+        [
+            "bytes",
+            "threads",
+            "stock",
+            "session",
+            "stock spread",
+            "session spread",
+            "ratio",
+            "stock M/s",
+            "session M/s",
+        ],
     )
+
+    def timed(timer: Timer, size: int) -> float:
+        """Nanoseconds a pair, from a run of about ``seconds`` after a short warm-up."""
+        estimate = timer(cuda, size, 100, LIVE)
+        return timer(cuda, size, max(100, int(seconds * 1e9 / estimate)), LIVE)
+
+    def row(contexts: list[pgk.ExecutionContext], size: int) -> dict[str, object]:
+        def in_session(context: pgk.ExecutionContext) -> float:
+            with pgk.context_session(context):
+                return timed(loop.time_current, size)
+
+        stock: list[float] = []
+        session: list[float] = []
+        for _ in range(repetitions):
+            stock.append(_on_threads(contexts, lambda _: timed(loop.time_stock, size)))
+            session.append(_on_threads(contexts, in_session))
+        medians = statistics.median(stock), statistics.median(session)
+        return {
+            "bytes": size,
+            "threads": len(contexts),
+            "stock": medians[0],
+            "session": medians[1],
+            "stock spread": _quartiles(stock),
+            "session spread": _quartiles(session),
+            "ratio": medians[1] / medians[0],
+            # Of all threads together.
+            "stock M/s": len(contexts) * 1e3 / medians[0],
+            "session M/s": len(contexts) * 1e3 / medians[1],
+        }
+
     try:
         for size in SIZES:
-            for threads in THREADS:
-                report.rows.append(_row(loop, contexts[:threads], size, seconds, repetitions))
+            for count in threads:
+                report.rows.append(row(contexts[:count], size))
     finally:
         for context in contexts:
             context.destroy()
         pgk.shutdown()
     return report
-
-
-def _row(
-    loop: object,
-    contexts: list[pgk.ExecutionContext],
-    size: int,
-    seconds: float,
-    repetitions: int,
-) -> dict[str, object]:
-    stock_timer: Timer = loop.time_stock  # type: ignore[attr-defined]
-    session_timer: Timer = loop.time_current  # type: ignore[attr-defined]
-
-    def in_session(context: pgk.ExecutionContext) -> float:
-        with pgk.context_session(context):
-            return _timed(session_timer, size, seconds)
-
-    stock: list[float] = []
-    session: list[float] = []
-    for _ in range(repetitions):
-        stock.append(_on_threads(contexts, lambda _: _timed(stock_timer, size, seconds)))
-        session.append(_on_threads(contexts, in_session))
-    return {
-        "bytes": size,
-        "threads": len(contexts),
-        "stock": statistics.median(stock),
-        "session": statistics.median(session),
-        "stock spread": _quartiles(stock),
-        "session spread": _quartiles(session),
-        "ratio": statistics.median(session) / statistics.median(stock),
-    }
-
-
-def _timed(timer: Timer, size: int, seconds: float) -> float:
-    """Nanoseconds a pair, from a run of about ``seconds`` after a short warm-up."""
-    estimate = timer(size, 100, LIVE)
-    return timer(size, max(100, int(seconds * 1e9 / estimate)), LIVE)
 
 
 def _on_threads(

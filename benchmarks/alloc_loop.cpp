@@ -1,6 +1,5 @@
 // Times allocate + free through torch's own allocator interface, without Python in the loop.
 #include <c10/core/Allocator.h>
-#include <c10/core/CPUAllocator.h>
 #include <pybind11/pybind11.h>
 
 #include <chrono>
@@ -23,21 +22,29 @@ double time_pairs(c10::Allocator* allocator, std::size_t bytes, std::size_t pair
   return std::chrono::duration<double, std::nano>(end - start).count() / static_cast<double>(pairs);
 }
 
+// What torch used before this package was initialized.
+c10::Allocator* stock = nullptr;
+
+c10::DeviceType type_of(bool cuda) {
+  return cuda ? c10::DeviceType::CUDA : c10::DeviceType::CPU;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   namespace py = pybind11;
   using Unlocked = py::call_guard<py::gil_scoped_release>;
+  module.def("remember_stock", [](bool cuda) { stock = c10::GetAllocator(type_of(cuda)); });
   module.def(
       "time_current",
-      [](std::size_t bytes, std::size_t pairs, std::size_t live) {
-        return time_pairs(c10::GetAllocator(c10::DeviceType::CPU), bytes, pairs, live);
+      [](bool cuda, std::size_t bytes, std::size_t pairs, std::size_t live) {
+        return time_pairs(c10::GetAllocator(type_of(cuda)), bytes, pairs, live);
       },
       Unlocked());
   module.def(
       "time_stock",
-      [](std::size_t bytes, std::size_t pairs, std::size_t live) {
-        return time_pairs(c10::GetDefaultCPUAllocator(), bytes, pairs, live);
+      [](bool /*cuda*/, std::size_t bytes, std::size_t pairs, std::size_t live) {
+        return time_pairs(stock, bytes, pairs, live);
       },
       Unlocked());
 }

@@ -25,7 +25,9 @@ def machine() -> dict[str, str]:
         ),
         platform.processor(),
     )
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
+        **gpu,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "cpu": cpu,

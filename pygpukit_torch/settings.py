@@ -104,7 +104,9 @@ class Wishes:
         index = wishes.device_id or 0
         if index >= count:
             kind = "of the CUDA devices" if device == "cuda" else "of the host device"
-            raise ValueError(f"device_id {index} does not exist: the numbers {kind} end at {count - 1}")
+            raise ValueError(
+                f"device_id {index} does not exist: the numbers {kind} end at {count - 1}"
+            )
         total = wishes.total_vram
         if total is None and device == "cpu":
             total = HOST_CAPACITY

@@ -6,10 +6,11 @@
 
 namespace pgk {
 
-Arena::Arena(std::size_t page_bytes, std::uint32_t page_count)
+Arena::Arena(std::size_t page_bytes, std::uint32_t page_count, std::uint32_t upper_zone)
     : page_granules_(static_cast<std::uint32_t>(page_bytes / kGranule)),
       page_shift_(static_cast<std::uint32_t>(std::countr_zero(page_granules_))),
       page_count_(page_count),
+      upper_zone_(std::min(upper_zone, page_count)),
       lanes_(1),
       starts_(page_count) {
   const bool valid = std::has_single_bit(page_bytes) && page_bytes <= 4 * GiB &&
@@ -79,12 +80,12 @@ void Arena::absorb_next(Index index) {
 
 // Allocation ---------------------------------------------------------------------------------
 
-Arena::Lane Arena::add_lane() {
+Arena::Lane Arena::add_lane(bool upper) {
   if (lanes_.size() == kMostLanes) {
-    throw Error(ErrorCode::invalid_value, "an arena serves at most " + std::to_string(kMostLanes) +
-                                              " streams");
+    throw Error(ErrorCode::invalid_value,
+                "an arena serves at most " + std::to_string(kMostLanes) + " streams");
   }
-  lanes_.emplace_back();
+  lanes_.emplace_back().upper = upper;
   return static_cast<Lane>(lanes_.size() - 1);
 }
 
@@ -200,6 +201,8 @@ void Arena::adopt(Lane from, Lane to) {
 
 std::optional<Arena::PageRun> Arena::plan_growth(std::uint32_t granules, Lane lane) const {
   std::optional<PageRun> best;
+  const std::uint32_t zone_first = lanes_[lane].upper ? upper_zone_ : 0;
+  const std::uint32_t zone_end = lanes_[lane].upper ? page_count_ : upper_zone_;
   const auto free_granules = [&](Index index) {
     const Block& block = blocks_[index];
     return block.state == State::free && block.lane == lane ? block.count : 0;
@@ -209,16 +212,21 @@ std::optional<Arena::PageRun> Arena::plan_growth(std::uint32_t granules, Lane la
   };
   for (const auto& [start, index] : holes_) {
     const Block& hole = blocks_[index];
+    const std::uint32_t first = std::max(page_of(start), zone_first);
+    const std::uint32_t end = std::min(page_of(start) + hole.count / page_granules_, zone_end);
+    if (first >= end) continue;
+    // What lies beyond the border of a zone belongs to another lane.
     const std::uint32_t below = free_granules(hole.previous);
     const std::uint32_t above = free_granules(hole.next);
-    const std::uint32_t hole_pages = hole.count / page_granules_;
-    PageRun run{page_of(start), hole_pages};
+    const std::uint32_t hole_pages = end - first;
+    PageRun run{first, hole_pages};
     const std::uint32_t from_below = below < granules ? pages_for(granules - below) : 1;
     const std::uint32_t from_above = above < granules ? pages_for(granules - above) : 1;
     if (std::min(from_below, from_above) <= hole_pages) {
       run.count = std::min(from_below, from_above);
       if (from_above < from_below) run.first += hole_pages - run.count;
-    } else if (std::uint64_t{below} + hole.count + above < granules) {
+    } else if (std::uint64_t{below} + std::uint64_t{hole_pages} * page_granules_ + above <
+               granules) {
       continue;
     }
     if (!best || run.count < best->count) best = run;
@@ -349,8 +357,8 @@ std::uint32_t Arena::count_free_pages() const {
   };
   for (Index index = 1; index != 0; index = blocks_[index].next) {
     const Block& block = blocks_[index];
-    const bool idle = block.state == State::free || block.state == State::cached ||
-                      block.state == State::retired;
+    const bool idle =
+        block.state == State::free || block.state == State::cached || block.state == State::retired;
     if (idle && end == block.start && end != start && block.lane == lane) {
       end = block.start + block.count;
     } else {

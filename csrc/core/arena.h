@@ -15,7 +15,10 @@
 // lane, else best fit from the lane's free blocks, else after the lane's bins have been emptied
 // into them (dlmalloc's deferred coalescing). Only if that fails does the arena need pages:
 // plan_growth() says which, the owner maps them and calls add_pages(). Memory changes lanes by
-// adopt(), once the owner has ordered the streams. Not thread-safe: the owner locks.
+// adopt(), once the owner has ordered the streams.
+//
+// The range has two zones, so that an address tells what kind of memory it is. Each lane lives in
+// one of them, and memory only changes zones as pages. Not thread-safe: the owner locks.
 #pragma once
 
 #include <array>
@@ -48,14 +51,15 @@ class Arena {
     Lane lane = 0;
   };
 
-  // `page_bytes` is a power of two; the range is at most 2 TiB. There is one lane, number 0.
-  Arena(std::size_t page_bytes, std::uint32_t page_count);
+  // `page_bytes` is a power of two; the range is at most 2 TiB. Its pages from `upper_zone` on are
+  // the upper zone; there is none by default. There is one lane, number 0, in the lower zone.
+  Arena(std::size_t page_bytes, std::uint32_t page_count, std::uint32_t upper_zone = kNone);
   ~Arena();
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
 
   // Throws ErrorCode::invalid_value beyond kMostLanes.
-  Lane add_lane();
+  Lane add_lane(bool upper = false);
   std::size_t lanes() const { return lanes_.size(); }
 
   // Returns the first granule of a block of exactly `granules` (> 0), kNone if no resident free
@@ -71,8 +75,9 @@ class Arena {
   // The lane of the live block that starts there, 0 if there is none.
   Lane lane_of(std::uint32_t start) const;
 
-  // Moves all that `from` could hand out to `to`.
+  // Moves all that `from` could hand out to `to`, in the same zone.
   void adopt(Lane from, Lane to);
+  bool is_upper(Lane lane) const { return lanes_[lane].upper; }
   bool has_free(Lane lane) const {
     return lanes_[lane].cached_blocks > 0 || !lanes_[lane].free.empty();
   }
@@ -100,6 +105,7 @@ class Arena {
   std::size_t page_bytes() const { return std::size_t{page_granules_} * kGranule; }
   std::uint32_t resident_pages() const { return resident_pages_; }
   std::uint32_t page_count() const { return page_count_; }
+  std::uint32_t upper_zone() const { return upper_zone_; }
   std::uint32_t live_blocks() const { return live_blocks_; }
   void reset_peak() { peak_ = used_; }
 
@@ -130,6 +136,7 @@ class Arena {
   struct FreeLists {
     std::array<Index, kBins> bins{};
     std::uint32_t cached_blocks = 0;
+    bool upper = false;
     std::set<std::pair<std::uint32_t, std::uint32_t>> free;  // (granules, start): best fit
   };
 
@@ -163,6 +170,7 @@ class Arena {
   std::uint32_t page_granules_;
   std::uint32_t page_shift_;
   std::uint32_t page_count_;
+  std::uint32_t upper_zone_;
   std::uint32_t resident_pages_ = 0;
   std::uint32_t live_blocks_ = 0;
   std::size_t used_ = 0;  // granules

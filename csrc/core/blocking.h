@@ -14,7 +14,8 @@ class Blocking {
   static void set_hooks(Hooks hooks) { hooks_ = hooks; }
 
   Blocking() : held_(hooks_.begin == nullptr ? nullptr : hooks_.begin()) {}
-  ~Blocking() {
+  // Python ends threads that ask for the GIL after its own end, by unwinding them.
+  ~Blocking() noexcept(false) {
     if (held_ != nullptr) hooks_.end(held_);
   }
   Blocking(const Blocking&) = delete;

@@ -20,8 +20,9 @@ Context::Counters& Context::Counters::operator+=(const Counters& other) {
 }
 
 Context::Context(const std::shared_ptr<Manager>& manager, ContextSpec spec, Ledger::Id account,
-                 std::size_t page_bytes, std::uint32_t page_count, Address address, StreamId stream)
-    : arena_(page_bytes, page_count),
+                 std::size_t page_bytes, std::uint32_t page_count, std::uint32_t segment_pages,
+                 Address address, StreamId stream)
+    : arena_(page_bytes, page_count, page_count - segment_pages),
       address_(address),
       lanes_{stream},
       spec_(std::move(spec)),
@@ -50,7 +51,7 @@ std::optional<Arena::Lane> Context::find_lane(StreamId stream) const {
 
 Arena::Lane Context::lane_for(StreamId stream) {
   if (const auto lane = find_lane(stream)) return *lane;
-  const Arena::Lane lane = arena_.add_lane();
+  const Arena::Lane lane = arena_.add_lane(stream == kNoStream);
   lanes_.push_back(stream);
   return lane;
 }

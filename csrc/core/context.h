@@ -27,7 +27,8 @@ namespace pgk {
 class Manager;
 class ThreadStreams;
 
-// Not a stream: memory that is asked for with it is idle, nobody's work may still use it.
+// Not a stream: memory that is asked for with it is idle, nobody's work may still use it. It is a
+// segment, for others to divide, and lies in the range's upper zone.
 inline constexpr StreamId kNoStream = 0;
 
 struct ContextSpec {
@@ -52,7 +53,8 @@ class Context : public std::enable_shared_from_this<Context> {
   };
 
   Context(const std::shared_ptr<Manager>& manager, ContextSpec spec, Ledger::Id account,
-          std::size_t page_bytes, std::uint32_t page_count, Address address, StreamId stream);
+          std::size_t page_bytes, std::uint32_t page_count, std::uint32_t segment_pages,
+          Address address, StreamId stream);
   Context(const Context&) = delete;
   Context& operator=(const Context&) = delete;
 
@@ -74,8 +76,8 @@ class Context : public std::enable_shared_from_this<Context> {
   // The block's size, 0 if no live block of this context starts at `pointer`.
   std::size_t block_bytes(const void* pointer) const;
 
-  // A context with open sessions that keep it active cannot be destroyed; end_session() is for those.
-  // Throws ErrorCode::context_destroyed or ErrorCode::forked.
+  // A context with open sessions that keep it active cannot be destroyed; end_session() is for
+  // those. Throws ErrorCode::context_destroyed or ErrorCode::forked.
   void begin_session(bool keeps_active);
   void end_session();
 
@@ -140,7 +142,7 @@ class Context : public std::enable_shared_from_this<Context> {
   Address address_;
   State state_ = State::open;
   Counters counters_;
-  std::vector<StreamId> lanes_;  // the stream of each lane of the arena
+  std::vector<StreamId> lanes_;                          // the stream of each lane of the arena
   std::map<std::uint32_t, std::vector<StreamId>> uses_;  // of live blocks, as recorded
   std::vector<Fence> fences_;
   std::uint32_t sessions_ = 0;

@@ -19,7 +19,9 @@ constexpr std::size_t kLargestPage = 32 * MiB;
 constexpr std::size_t kPagesPerBudget = 64;
 
 // A budget never fills its range: free gaps between live pages must still hold large blocks.
+// Segments have a zone of their own above.
 constexpr std::size_t kRangePerCapacity = 2;
+constexpr std::size_t kSegmentsPerCapacity = 1;
 
 // Guaranteed work first, best effort last, as far as the device tells them apart.
 int priority_of(Tier tier, const Device& device) {
@@ -149,7 +151,10 @@ std::shared_ptr<Context> Manager::create_context(const ContextSpec& spec) {
   on_behalf_of(spec.name, [&] { pool_.reserve(page, spec.base / page); });
   ScopeExit drop_reservation([&] { pool_.unreserve(page, spec.base / page); });
 
-  const std::size_t range = round_up(kRangePerCapacity * ledger_.capacity(), AddressTable::kUnit);
+  const std::size_t segments =
+      round_up(kSegmentsPerCapacity * ledger_.capacity(), AddressTable::kUnit);
+  const std::size_t range =
+      round_up(kRangePerCapacity * ledger_.capacity(), AddressTable::kUnit) + segments;
   const Address address =
       on_behalf_of(spec.name, [&] { return device_->reserve(range, AddressTable::kUnit); });
   ScopeExit unreserve([&] { device_->unreserve(address, range); });
@@ -157,10 +162,10 @@ std::shared_ptr<Context> Manager::create_context(const ContextSpec& spec) {
       spec.name, [&] { return device_->create_stream(priority_of(spec.tier, *device_)); });
   ScopeExit destroy_stream([&] { device_->destroy_stream(stream); });
 
-  auto context =
-      std::make_shared<Context>(shared_from_this(), spec, account, page,
-                                static_cast<std::uint32_t>(range / page), address, stream);
-  if (!AddressTable::set(address, range, context.get())) {
+  auto context = std::make_shared<Context>(
+      shared_from_this(), spec, account, page, static_cast<std::uint32_t>(range / page),
+      static_cast<std::uint32_t>(segments / page), address, stream);
+  if (!AddressTable::set(address, range, address + range - segments, context.get())) {
     throw Error(ErrorCode::device,
                 "context '" + spec.name + "': the device reserved addresses beyond 47 bits");
   }
@@ -308,8 +313,9 @@ bool Manager::dismantle(Context& orphan) {
     give_up_pages(orphan, SIZE_MAX);
     if (orphan.arena_.resident_pages() > 0) return false;
     // Whoever gets these addresses next must not be taken for this context.
-    AddressTable::set(orphan.address_, range, nullptr);
-    ScopeExit restore([&] { AddressTable::set(orphan.address_, range, &orphan); });
+    AddressTable::set(orphan.address_, range, 0, nullptr);
+    const Address segments = orphan.address_of(orphan.arena_.upper_zone());
+    ScopeExit restore([&] { AddressTable::set(orphan.address_, range, segments, &orphan); });
     device_->unreserve(orphan.address_, range);
     restore.dismiss();
   } catch (const Error&) {

@@ -95,28 +95,29 @@ bool Manager::grow(Context& context, std::uint32_t granules, Arena::Lane lane) {
   return context.arena_.resident_pages() == resident + plan->count;
 }
 
-// Lets `lane` use what the context's other lanes have free: on the device, work of its stream from
-// now on starts after what theirs hold. Idle memory, of no stream, is all that kNoStream takes.
+// Lets `lane` use what the context's other lanes in its zone have free: on the device, work of its
+// stream from now on starts after what theirs hold.
 bool Manager::adopt_lanes(Context& context, Arena::Lane lane) {
+  Arena& arena = context.arena_;
   bool adopted = false;
-  const StreamId stream = context.lanes_[lane];
   for (std::size_t i = 0; i < context.lanes_.size(); ++i) {
     const auto other = static_cast<Arena::Lane>(i);
-    const StreamId source = context.lanes_[i];
-    if (other == lane || !context.arena_.has_free(other)) continue;
+    const StreamId source = context.lanes_[other];
+    const StreamId target = context.lanes_[lane];
+    if (other == lane || arena.is_upper(other) != arena.is_upper(lane) || !arena.has_free(other)) {
+      continue;
+    }
     try {
-      if (source != kNoStream) {
-        if (device_->is_capturing(source)) continue;
-        if (!device_->is_idle(source)) {
-          if (stream == kNoStream || device_->is_capturing(stream)) continue;
-          device_->wait(stream, device_->record(source));
-        }
+      if (device_->is_capturing(source)) continue;
+      if (!device_->is_idle(source)) {
+        if (device_->is_capturing(target)) continue;
+        device_->wait(target, device_->record(source));
       }
     } catch (const Error& error) {
       device_said_ = error.what();
       continue;
     }
-    context.arena_.adopt(other, lane);
+    arena.adopt(other, lane);
     adopted = true;
   }
   return adopted;

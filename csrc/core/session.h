@@ -23,8 +23,8 @@ class ThreadStreams {
   using Saved = std::int64_t;
 
   virtual ~ThreadStreams() = default;
-  // Makes the context's stream the calling thread's. If `ordered`, its work from now on starts after
-  // what the thread's stream holds. Throws ErrorCode::session in the middle of a capture.
+  // Makes the context's stream the calling thread's. If `ordered`, its work from now on starts
+  // after what the thread's stream holds. Throws ErrorCode::session in the middle of a capture.
   virtual Saved enter(const std::shared_ptr<Context>& context, bool ordered) = 0;
   // Makes `saved` the calling thread's stream again; `outer` is the context it is in then.
   virtual void leave(Saved saved, const std::shared_ptr<Context>& outer) = 0;

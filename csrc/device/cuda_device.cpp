@@ -173,8 +173,8 @@ void CudaDevice::do_destroy_stream(StreamId stream) {
   const std::lock_guard lock(mutex_);
   const auto it = streams_.find(stream);
   if (it == streams_.end()) {
-    throw Error(ErrorCode::invalid_value, properties_.name + ": stream " + std::to_string(stream) +
-                                              " was not created here");
+    throw Error(ErrorCode::invalid_value,
+                properties_.name + ": stream " + std::to_string(stream) + " was not created here");
   }
   it->second.in_use = false;
 }

@@ -2,10 +2,10 @@
 // are reserved addresses of the process's primary context, the one that torch uses.
 //
 // A stream's id is its driver handle, so that streams of others (torch's, the user's) can be named
-// as well; the default stream is kDefaultStream. Streams of ours do not synchronise with the default
-// stream and are never destroyed, since libraries keep raw handles of them: one that is given back
-// serves the next context. Events are reused once they are done. Every call runs in relaxed capture
-// mode, so that another thread's capture is not broken.
+// as well; the default stream is kDefaultStream. Streams of ours do not synchronise with the
+// default stream and are never destroyed, since libraries keep raw handles of them: one that is
+// given back serves the next context. Events are reused once they are done. Every call runs in
+// relaxed capture mode, so that another thread's capture is not broken.
 #pragma once
 
 #include <cstdint>

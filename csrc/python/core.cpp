@@ -33,16 +33,18 @@ void bind_ledger(py::module_& module) {
 
 void bind_arena(py::module_& module) {
   py::class_<Arena>(module, "Arena")
-      .def(py::init<std::size_t, std::uint32_t>(), py::arg("page_bytes"), py::arg("page_count"))
+      .def(py::init<std::size_t, std::uint32_t, std::uint32_t>(), py::arg("page_bytes"),
+           py::arg("page_count"), py::arg("upper_zone") = Arena::kNone)
       .def(
           "allocate",
-          [](Arena& self, std::uint32_t granules, Arena::Lane lane) -> std::optional<std::uint32_t> {
+          [](Arena& self, std::uint32_t granules,
+             Arena::Lane lane) -> std::optional<std::uint32_t> {
             const std::uint32_t start = self.allocate(granules, lane);
             if (start == Arena::kNone) return std::nullopt;
             return start;
           },
           py::arg("granules"), py::arg("lane") = 0)
-      .def("add_lane", &Arena::add_lane)
+      .def("add_lane", &Arena::add_lane, py::arg("upper") = false)
       .def("adopt", &Arena::adopt, py::arg("source"), py::arg("target"))
       .def("release", &Arena::release, py::arg("start"))
       .def("fence", &Arena::fence, py::arg("start"))

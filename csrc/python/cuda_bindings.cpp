@@ -1,9 +1,8 @@
-#include "device/cuda_device.h"
-
 #include <pybind11/stl.h>
 
 #include <memory>
 
+#include "device/cuda_device.h"
 #include "python/bindings.h"
 #include "torch/cuda_allocator.h"
 #include "torch/cuda_streams.h"
@@ -17,8 +16,8 @@ void bind_cuda(py::module_& module) {
       .def(py::init<int, std::size_t>(), py::arg("ordinal") = 0, py::arg("capacity") = 0,
            py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("ordinal", &CudaDevice::ordinal)
-      .def_property_readonly_static(
-          "DEFAULT_STREAM", [](const py::object&) { return CudaDevice::kDefaultStream; });
+      .def_property_readonly_static("DEFAULT_STREAM",
+                                    [](const py::object&) { return CudaDevice::kDefaultStream; });
 
   module.def("cuda_streams", &cuda_streams, py::arg("device").none(false),
              py::return_value_policy::reference);

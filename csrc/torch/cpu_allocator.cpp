@@ -38,15 +38,14 @@ class CpuAllocator final : public c10::Allocator {
     Context* context = current_context();
     // Contexts whose sessions switch a thread's stream are those of another kind of device.
     if (context == nullptr || context->thread_streams() != nullptr || bytes == 0) {
-      c10::DataPtr data = stock->allocate(bytes);
-      // Fails only for a pointer that does not come from plain allocation; it keeps its deleter.
-      std::ignore = data.compare_exchange_deleter(stock_delete, &delete_block);
-      return data;
+      return allocate_outside(bytes);
     }
     void* pointer = nullptr;
     try {
       pointer = context->allocate(bytes, context->stream());
     } catch (const Error& error) {
+      // Of a session that let its context be destroyed.
+      if (error.code() == ErrorCode::context_destroyed) return allocate_outside(bytes);
       TORCH_CHECK_WITH(OutOfMemoryError, error.code() != ErrorCode::out_of_memory, error.what());
       throw;
     }
@@ -60,6 +59,14 @@ class CpuAllocator final : public c10::Allocator {
 
   void copy_data(void* destination, const void* source, std::size_t bytes) const override {
     stock->copy_data(destination, source, bytes);
+  }
+
+ private:
+  static c10::DataPtr allocate_outside(std::size_t bytes) {
+    c10::DataPtr data = stock->allocate(bytes);
+    // Fails only for a pointer that does not come from plain allocation; it keeps its deleter.
+    std::ignore = data.compare_exchange_deleter(stock_delete, &delete_block);
+    return data;
   }
 };
 

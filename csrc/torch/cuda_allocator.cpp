@@ -131,7 +131,6 @@ class CudaAllocator final : public CudaForwarder {
     alias.release_context();
   }
 
-
   cudaError_t memcpyAsync(void* destination, int destination_device, const void* source,
                           int source_device, std::size_t bytes, cudaStream_t stream,
                           bool p2p_enabled) override {
@@ -147,7 +146,8 @@ class CudaAllocator final : public CudaForwarder {
     return cudaSuccess;
   }
 
-  // Pools ------------------------------------------------------------------------------------------
+  // Pools
+  // ------------------------------------------------------------------------------------------
 
   void beginAllocateToPool(c10::DeviceIndex device, c10::MempoolId_t id,
                            std::function<bool(cudaStream_t)> filter) override {
@@ -170,7 +170,8 @@ class CudaAllocator final : public CudaForwarder {
     return delta;
   }
 
-  // Statistics ---------------------------------------------------------------------------------------
+  // Statistics
+  // ---------------------------------------------------------------------------------------
 
   c10::CachingDeviceAllocator::DeviceStats getDeviceStats(c10::DeviceIndex device) override {
     auto stats = native_->getDeviceStats(device);
@@ -268,6 +269,8 @@ class CudaAllocator final : public CudaForwarder {
       pointer = context->try_allocate(bytes, stream, /*may_wait=*/true, &device_said);
       if (pointer == nullptr) pointer = after_refusal(*context, bytes, stream, device_said);
     } catch (const Error& error) {
+      // Of a session that let its context be destroyed.
+      if (error.code() == ErrorCode::context_destroyed) return nullptr;
       TORCH_CHECK_WITH(OutOfMemoryError, error.code() != ErrorCode::out_of_memory, error.what());
       throw;
     }

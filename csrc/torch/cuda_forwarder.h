@@ -1,5 +1,6 @@
-// Forwards the whole interface of torch's CUDA allocator to the native one, except for what a decorator
-// has to decide itself. A function that a new torch adds without a default is a compile error here.
+// Forwards the whole interface of torch's CUDA allocator to the native one, except for what a
+// decorator has to decide itself. A function that a new torch adds without a default is a compile
+// error here.
 #pragma once
 
 #include <c10/cuda/CUDACachingAllocator.h>

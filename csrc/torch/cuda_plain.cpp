@@ -11,7 +11,7 @@
 #include "torch/cuda_pools.h"
 
 extern "C" __attribute__((visibility("default"))) void* pgk_malloc(ssize_t size, int device,
-                                                                    cudaStream_t /*stream*/) {
+                                                                   cudaStream_t /*stream*/) {
   pgk::Context* context = pgk::current_context();
   const bool serves = context != nullptr && context->thread_streams() != nullptr &&
                       static_cast<pgk::CudaDevice&>(context->device()).ordinal() == device;
@@ -21,9 +21,9 @@ extern "C" __attribute__((visibility("default"))) void* pgk_malloc(ssize_t size,
 }
 
 extern "C" __attribute__((visibility("default"))) void pgk_free(void* pointer, ssize_t /*size*/,
-                                                                 int /*device*/,
-                                                                 cudaStream_t /*stream*/) {
-  if (pgk::Context* owner = pgk::AddressTable::owner_of(pointer)) {
+                                                                int /*device*/,
+                                                                cudaStream_t /*stream*/) {
+  if (pgk::Context* owner = pgk::AddressTable::segment_owner_of(pointer)) {
     pgk::give_back_segment(*owner, pointer);
   }
 }

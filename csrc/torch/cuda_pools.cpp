@@ -138,8 +138,7 @@ void CudaPools::end(c10::DeviceIndex device, c10::MempoolId_t id) {
 }
 
 void CudaPools::create(c10::DeviceIndex device, c10::MempoolId_t id,
-                       std::shared_ptr<Native> allocator,
-                       const std::shared_ptr<Context>& context) {
+                       std::shared_ptr<Native> allocator, const std::shared_ptr<Context>& context) {
   const Lock lock(mutex_);
   ++references_[id];
   if (context && !allocator && !bound_.contains(id) && use_count(device, id) == 0) {

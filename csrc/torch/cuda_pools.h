@@ -1,7 +1,7 @@
-// Private pools of torch's native allocator: those of CUDA graphs, of reduce-overhead, and MemPools.
-// Native keeps serving them, since a graph's addresses must stay its own; but a pool that is made
-// in a session takes its segments from the context, so that they are charged to it, and gives them
-// back when the last graph is gone.
+// Private pools of torch's native allocator: those of CUDA graphs, of reduce-overhead, and
+// MemPools. Native keeps serving them, since a graph's addresses must stay its own; but a pool that
+// is made in a session takes its segments from the context, so that they are charged to it, and
+// gives them back when the last graph is gone.
 //
 // Native calls a pool's provider under its own lock. So nothing here calls native with a lock of a
 // context or a manager held, and providers neither wait nor take the GIL.

@@ -1,4 +1,5 @@
-// What torch's statistics say of contexts: native's figures and theirs in one, nothing counted twice.
+// What torch's statistics say of contexts: native's figures and theirs in one, nothing counted
+// twice.
 #pragma once
 
 #include <c10/core/CachingDeviceAllocator.h>

@@ -53,7 +53,8 @@ std::shared_ptr<Context> callers_context() {
   return object ? static_cast<CallersContext&>(*object).context : nullptr;
 }
 
-// Streams ------------------------------------------------------------------------------------------
+// Streams
+// ------------------------------------------------------------------------------------------
 
 struct Use {
   std::weak_ptr<Context> context;
@@ -112,7 +113,8 @@ std::shared_ptr<Context> if_open(std::shared_ptr<Context> context) {
   return context && context->is_open() ? context : nullptr;
 }
 
-// Sessions -----------------------------------------------------------------------------------------
+// Sessions
+// -----------------------------------------------------------------------------------------
 
 class CudaStreams final : public ThreadStreams {
  public:
@@ -129,8 +131,7 @@ class CudaStreams final : public ThreadStreams {
                                             "enter first, then capture");
       }
       if (ordered && !device_->is_idle(outside)) device_->wait(inside, device_->record(outside));
-      c10::cuda::setCurrentCUDAStream(
-          c10::cuda::getStreamFromExternal(handle_of(inside), index()));
+      c10::cuda::setCurrentCUDAStream(c10::cuda::getStreamFromExternal(handle_of(inside), index()));
       stream_table().set(inside, context, true);
     }
     set_callers_context(context);
@@ -143,9 +144,12 @@ class CudaStreams final : public ThreadStreams {
   }
 
   void finish(const Context& context) override {
-    if (device_->is_capturing(context.stream()) || device_->is_idle(context.stream())) return;
+    const StreamId stream = context.stream();
+    if (stream == kNoStream)
+      return;  // a session may outlive a context that it does not keep active
+    if (device_->is_capturing(stream) || device_->is_idle(stream)) return;
     const Blocking blocking;
-    device_->synchronize_stream(context.stream());
+    device_->synchronize_stream(stream);
   }
 
  private:

@@ -95,13 +95,13 @@ def test_an_overrun_is_torchs_error_with_our_message_and_leaves_everything_usabl
         kept = torch.ones(100 * MB, dtype=torch.uint8, device="cuda")
         with pytest.raises(torch.OutOfMemoryError) as caught:
             torch.empty(200 * MB, dtype=torch.uint8, device="cuda")
-        assert torch.ones(100 * MB, dtype=torch.uint8, device="cuda").sum().item() == 100 * MB
+        assert torch.ones(100 * MB, dtype=torch.uint8, device="cuda").min().item() == 1
     text = str(caught.value)
     assert text.startswith("context 'small' is out of memory: tried to allocate 200.00 MiB with")
     assert "budget of 256.00 MiB" in text
     assert "small 100.00 MiB (guaranteed, base 256.00 MiB)" in text
     assert (0, 200 * MB) in seen
-    assert kept.sum().item() == 100 * MB
+    assert kept.min().item() == 1
     assert context.memory_stats()["num_ooms"] == 1
 
 
@@ -111,7 +111,7 @@ def test_what_a_context_reserves_native_does_not_get_and_idle_memory_it_does() -
     assert free - torch.cuda.mem_get_info()[0] >= 2 * GB
     burst = create_context("burst", 8 * GB)
     with context_session(burst):
-        del (x := torch.empty(6 * GB, dtype=torch.uint8, device="cuda"))[:0], x
+        torch.empty(6 * GB, dtype=torch.uint8, device="cuda")
     held = torch.cuda.mem_get_info()[0]
     # Native wants more than is free: pages that contexts only keep for reuse go to it.
     hog = torch.empty(held + 2 * GB, dtype=torch.uint8, device="cuda")
@@ -119,13 +119,13 @@ def test_what_a_context_reserves_native_does_not_get_and_idle_memory_it_does() -
     del hog
     torch.cuda.empty_cache()
     with context_session(guaranteed):
-        assert torch.ones(GB, dtype=torch.uint8, device="cuda").sum().item() == GB
+        assert torch.ones(GB, dtype=torch.uint8, device="cuda").min().item() == 1
 
 
 def test_natives_cache_goes_to_a_context_that_needs_it() -> None:
     context = create_context("a", 8 * GB)
     free = torch.cuda.mem_get_info()[0]
-    del (x := torch.empty(free - 2 * GB, dtype=torch.uint8, device="cuda"))[:0], x
+    torch.empty(free - 2 * GB, dtype=torch.uint8, device="cuda")
     assert torch.cuda.mem_get_info()[0] < 3 * GB
     with context_session(context):
         assert torch.empty(6 * GB, dtype=torch.uint8, device="cuda").numel() == 6 * GB
@@ -189,13 +189,13 @@ def test_side_streams_do_not_share_free_memory_without_order() -> None:
         with torch.cuda.stream(side):
             torch.cuda._sleep(300_000_000)
             first = torch.full((200 * MB,), 1, dtype=torch.uint8, device="cuda")
-            total = first.to(torch.bool).all()
+            least = first.min()
             del first  # reusable in the order of the side stream
         # Nothing else is free: the context's stream gets it, after the side stream.
         second = torch.full((200 * MB,), 0, dtype=torch.uint8, device="cuda")
         side.synchronize()
-        assert total.item()
-        assert second.sum().item() == 0
+        assert least.item() == 1
+        assert second.max().item() == 0
 
 
 def test_record_stream_of_native_memory_still_works() -> None:
@@ -298,7 +298,9 @@ def test_a_random_walk_agrees_with_a_reference_count() -> None:
             del tensor
         else:
             which = choice.randrange(6)
-            context, size, mark = contexts[which], int(2 ** choice.uniform(4, 27)), made % 251
+            context, mark = contexts[which], made % 251
+            # Native does not split blocks beyond 1 MiB exactly, so that its sum would be another.
+            size = int(2 ** choice.uniform(4, 27 if context else 20))
             try:
                 if context is None:
                     tensor = torch.full((size,), mark, dtype=torch.uint8, device="cuda")
@@ -399,12 +401,14 @@ def test_an_exit_with_live_tensors_sessions_and_threads_is_clean() -> None:
         session = pgk.context_session(context)
         session.__enter__()
         x = torch.ones(1000, device="cuda")
-        def busy():
-            while True:
-                with pgk.context_session(context):
-                    torch.ones(100, device="cuda").sum().item()
-        threading.Thread(target=busy, daemon=True).start()
-        time.sleep(0.2)
+        inside = threading.Event()
+        def linger():
+            with pgk.context_session(context):
+                kept = torch.ones(100, device="cuda")
+                inside.set()
+                time.sleep(1000)
+        threading.Thread(target=linger, daemon=True).start()
+        inside.wait()
         print("end")
     """
     assert run_python(code) == "end"

@@ -44,6 +44,7 @@ def replayed(context: pgk.ExecutionContext, graph: Captured) -> torch.Tensor:
 
 def test_a_graphs_memory_is_charged_and_given_back() -> None:
     context = create_context("a", GB)
+    work(torch.ones(8, 8, device="cuda"))  # native's own workspace
     native_before = torch.cuda.memory_reserved()
     graph, x, y = captured(context, 1)
     with_graph = context.usage().used
@@ -161,13 +162,13 @@ def test_an_overrun_in_a_capture_leaves_the_process_usable() -> None:
         del graph
         gc.collect()
         torch.cuda.synchronize()
-        assert x.sum().item() == 16 * MB
+        assert x.min().item() == 1
     kept = []
     assert not kept
     fresh = captured(create_context("fresh", GB), 3)
     torch.testing.assert_close(replayed(pgk.get_context("fresh"), fresh), work(fresh[1]))
     with context_session(context):
-        assert torch.ones(64 * MB, dtype=torch.uint8, device="cuda").sum().item() == 64 * MB
+        assert torch.ones(64 * MB, dtype=torch.uint8, device="cuda").min().item() == 1
 
 
 def test_graphs_that_share_a_pool() -> None:

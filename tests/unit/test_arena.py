@@ -281,7 +281,9 @@ class LaneMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def adopt(self, data: st.DataObject) -> None:
-        source, target = data.draw(st.permutations(self.lanes))[:2] if len(self.lanes) > 1 else (0, 0)
+        source, target = (
+            data.draw(st.permutations(self.lanes))[:2] if len(self.lanes) > 1 else (0, 0)
+        )
         if source != target:
             self.arena.adopt(source, target)
             for granule, lane in self.owner.items():
