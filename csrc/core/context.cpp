@@ -56,28 +56,37 @@ Arena::Lane Context::lane_for(StreamId stream) {
   return lane;
 }
 
-void* Context::try_allocate(std::size_t bytes, StreamId stream, bool may_wait,
-                            std::string* device_said) {
+void* Context::allocate_resident(std::size_t bytes, StreamId stream) {
   if (bytes == 0) [[unlikely]] {
     throw Error(ErrorCode::invalid_value, "a block has at least one byte");
   }
   const std::size_t granules = bytes / kGranule + (bytes % kGranule != 0);
-  if (granules < Arena::kNone) [[likely]] {
-    const std::lock_guard lock(mutex_);
-    if (state_ != State::open) [[unlikely]]
-      require_open();
-    if (const auto lane = find_lane(stream)) [[likely]] {
-      const std::uint32_t start = arena_.allocate(static_cast<std::uint32_t>(granules), *lane);
-      if (start != Arena::kNone) [[likely]]
-        return finish_allocation(start, granules);
-    }
+  if (granules >= Arena::kNone) [[unlikely]]
+    return nullptr;
+  const std::lock_guard lock(mutex_);
+  if (state_ != State::open) [[unlikely]]
+    require_open();
+  Arena::Lane lane = 0;
+  if (lanes_.front() != stream) [[unlikely]] {
+    const auto found = find_lane(stream);
+    if (!found) return nullptr;
+    lane = *found;
   }
+  const std::uint32_t start = arena_.allocate(static_cast<std::uint32_t>(granules), lane);
+  return start == Arena::kNone ? nullptr : finish_allocation(start, granules);
+}
+
+void* Context::try_allocate(std::size_t bytes, StreamId stream, bool may_wait,
+                            std::string* device_said) {
+  if (void* pointer = allocate_resident(bytes, stream)) return pointer;
   return manager()->allocate_slow(*this, bytes, stream, may_wait, device_said);
 }
 
-void* Context::allocate(std::size_t bytes, StreamId stream) {
+void* Context::allocate_or_refuse(std::size_t bytes, StreamId stream) {
   std::string device_said;
-  if (void* pointer = try_allocate(bytes, stream, true, &device_said)) return pointer;
+  if (void* pointer = manager()->allocate_slow(*this, bytes, stream, true, &device_said)) {
+    return pointer;
+  }
   manager()->refuse(*this, bytes, device_said);
 }
 
@@ -87,14 +96,15 @@ std::shared_ptr<Manager> Context::manager() const {
   return manager;
 }
 
-std::uint32_t Context::granule_of(const void* pointer) const {
-  const Address offset = reinterpret_cast<Address>(pointer) - address_;
-  return offset % kGranule == 0 && offset / kGranule < Arena::kNone
-             ? static_cast<std::uint32_t>(offset / kGranule)
-             : Arena::kNone;
-}
-
 void Context::free(void* pointer) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (state_ == State::open && uses_.empty()) [[likely]] {
+      arena_.release(granule_of(pointer));
+      ++counters_.frees;
+      return;
+    }
+  }
   free_after(pointer, {});
 }
 
@@ -104,18 +114,11 @@ void Context::free_after(void* pointer, std::span<const StreamId> streams) {
   {
     const std::lock_guard lock(mutex_);
     if (state_ == State::forked) return;
-    const std::uint32_t start = granule_of(pointer);
-    if (streams.empty() && uses_.empty()) [[likely]] {
-      arena_.release(start);
-    } else {
-      release(start, streams);
-    }
+    release(granule_of(pointer), streams);
     ++counters_.frees;
-    if (state_ == State::orphan) [[unlikely]]
-      manager = manager_of_orphan_;
+    if (state_ == State::orphan) manager = manager_of_orphan_;
   }
-  if (manager) [[unlikely]]
-    manager->collect_orphan(id);
+  if (manager) manager->collect_orphan(id);
 }
 
 // Fences -----------------------------------------------------------------------------------------

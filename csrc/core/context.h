@@ -61,7 +61,13 @@ class Context : public std::enable_shared_from_this<Context> {
   // At least `bytes` (> 0), aligned to a granule, for use on `stream`. May block until work that
   // uses freed memory is done. Throws ErrorCode::out_of_memory with who, what and how much; the
   // context is then as before and usable.
-  void* allocate(std::size_t bytes, StreamId stream);
+  void* allocate(std::size_t bytes, StreamId stream) {
+    if (void* pointer = allocate_resident(bytes, stream)) [[likely]]
+      return pointer;
+    return allocate_or_refuse(bytes, stream);
+  }
+  // As allocate(), but null where that takes more than memory which is free in the stream's order.
+  void* allocate_resident(std::size_t bytes, StreamId stream);
   // As allocate(), but null instead of ErrorCode::out_of_memory; then `device_said`, if given, is
   // what the device refused on the way. With `may_wait` false it never waits for the device's work.
   void* try_allocate(std::size_t bytes, StreamId stream, bool may_wait = true,
@@ -122,7 +128,13 @@ class Context : public std::enable_shared_from_this<Context> {
   };
 
   Address address_of(std::uint32_t page) const { return address_ + page * arena_.page_bytes(); }
-  std::uint32_t granule_of(const void* pointer) const;
+  void* allocate_or_refuse(std::size_t bytes, StreamId stream);
+  std::uint32_t granule_of(const void* pointer) const {
+    const Address offset = reinterpret_cast<Address>(pointer) - address_;
+    return offset % kGranule == 0 && offset / kGranule < Arena::kNone
+               ? static_cast<std::uint32_t>(offset / kGranule)
+               : Arena::kNone;
+  }
   void require_open() const;
   std::optional<Arena::Lane> find_lane(StreamId stream) const;
   Arena::Lane lane_for(StreamId stream);

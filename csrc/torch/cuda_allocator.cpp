@@ -263,11 +263,11 @@ class CudaAllocator final : public CudaForwarder {
       return nullptr;
     if (stream != context->stream()) [[unlikely]]
       note_use(stream, context->shared_from_this());
-    std::string device_said;
     void* pointer = nullptr;
     try {
-      pointer = context->try_allocate(bytes, stream, /*may_wait=*/true, &device_said);
-      if (pointer == nullptr) pointer = after_refusal(*context, bytes, stream, device_said);
+      pointer = context->allocate_resident(bytes, stream);
+      if (pointer == nullptr) [[unlikely]]
+        pointer = with_effort(*context, bytes, stream);
     } catch (const Error& error) {
       // Of a session that let its context be destroyed.
       if (error.code() == ErrorCode::context_destroyed) return nullptr;
@@ -278,20 +278,22 @@ class CudaAllocator final : public CudaForwarder {
     return pointer;
   }
 
-  // What native does before it gives up, as far as it can help a context.
-  void* after_refusal(Context& context, std::size_t bytes, StreamId stream, std::string& said) {
-    const auto again = [&] { return context.try_allocate(bytes, stream, true, &said); };
+  // Does what native does before it gives up, as far as that can help a context.
+  [[gnu::noinline]] void* with_effort(Context& context, std::size_t bytes, StreamId stream) {
+    std::string said;
+    const auto attempt = [&] { return context.try_allocate(bytes, stream, true, &said); };
+    if (void* pointer = attempt()) return pointer;
     bool freed = false;
     for (const auto& name : c10::FreeCudaMemoryCallbacksRegistry()->Keys()) {
       freed |= c10::FreeCudaMemoryCallbacksRegistry()->Create(name)->Execute();
     }
     freed |= pools_.empty_released();
     if (freed) {
-      if (void* pointer = again()) return pointer;
+      if (void* pointer = attempt()) return pointer;
     }
     if (!said.empty() && !pools_.in_use()) {
       native_->emptyCache({0, 0});  // the device is full, and native caches
-      if (void* pointer = again()) return pointer;
+      if (void* pointer = attempt()) return pointer;
     }
     refuse(context, bytes, said);
   }
