@@ -39,6 +39,11 @@ class CudaDevice final : public Device {
   void privatise_in_child(Address /*address*/, Handle /*handle*/) noexcept override {}
 
   int ordinal() const { return ordinal_; }
+  // Whether it is the calling thread's current device. Cheaper than to ask which one is.
+  bool is_current() const {
+    CUcontext current = nullptr;
+    return driver_.cuCtxGetCurrent_fn(&current) == CUDA_SUCCESS && current == context_;
+  }
   // Between this device and another one, in either direction, on a stream of this one. Needs no
   // peer access, which mapped memory does not have.
   void copy_between(Address destination, int destination_ordinal, Address source,

@@ -15,6 +15,7 @@
   X(cuDeviceTotalMem)                  \
   X(cuDevicePrimaryCtxRetain)          \
   X(cuDevicePrimaryCtxRelease)         \
+  X(cuCtxGetCurrent)                   \
   X(cuCtxPushCurrent)                  \
   X(cuCtxPopCurrent)                   \
   X(cuCtxGetStreamPriorityRange)       \
