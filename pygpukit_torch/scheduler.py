@@ -296,7 +296,7 @@ def stats() -> SchedulerStats:
         reserved=usage.resident,
         pooled=usage.pooled,
         available=usage.available,
-        host_backup=runtime.settings.host_backup,
+        host_backup=runtime.settings.host_backup or 0,
         contexts=tuple(
             ContextStats(
                 name=context.name,

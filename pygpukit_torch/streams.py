@@ -1,8 +1,9 @@
 """Streams of contexts, and events that order work between them.
 
-On CUDA they are torch's own: a stream of the driver, wrapped, and ``torch.cuda.Event``. On the host device the work of a CPU operator is done when the call returns, so a stream there
-only carries copies, events and waits; waiting for an event holds the calling thread, because it
-is the thread that would go on to read the data.
+On CUDA they are torch's own: a stream of the driver, wrapped, and ``torch.cuda.Event``. On the host
+device the work of a CPU operator is done when the call returns, so a stream there only carries
+copies, events and waits; waiting for an event holds the calling thread, because it is the thread
+that would go on to read the data.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,11 @@ class CudaContextStream(torch.cuda.ExternalStream):
     """
 
     def __new__(cls, handle: int, device_id: int) -> "CudaContextStream":
-        return super().__new__(cls, handle, device=torch.device("cuda", device_id))
+        """Wrap the driver's stream."""
+        stream: CudaContextStream = super().__new__(  # type: ignore[no-untyped-call]
+            cls, handle, device=torch.device("cuda", device_id)
+        )
+        return stream
 
     def __init__(self, handle: int, device_id: int) -> None:
         """Nothing is left to do: the base is made by ``__new__``."""

@@ -14,14 +14,14 @@ from typing import Any
 from pygpukit_torch import native
 
 _start = threading.Thread.start
-_submit = ThreadPoolExecutor.submit
+_submit: Any = ThreadPoolExecutor.submit
 _in_pool = threading.local()
 
 
 def hand_contexts_on() -> None:
     """From now on, new threads and submitted work are in the context of whoever makes them."""
     threading.Thread.start = _start_in_context  # type: ignore[method-assign]
-    ThreadPoolExecutor.submit = _submit_in_context  # type: ignore[method-assign]
+    ThreadPoolExecutor.submit = _submit_in_context  # type: ignore[method-assign, assignment]
 
 
 def stop_handing_contexts_on() -> None:
@@ -52,7 +52,8 @@ def _submit_in_context(
     before = getattr(_in_pool, "submits", False)
     _in_pool.submits = True
     try:
-        return _submit(self, fn, *args, **kwargs)
+        future: Future[Any] = _submit(self, fn, *args, **kwargs)
+        return future
     finally:
         _in_pool.submits = before
 

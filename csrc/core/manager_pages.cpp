@@ -167,6 +167,13 @@ void Manager::give_up_pages(Context& context, std::size_t count,
       return std::nullopt;
     }
   };
+  // Pages that lanes share are free only once the free parts are in one lane.
+  for (std::size_t lane = 1; lane < context.lanes_.size(); ++lane) {
+    const auto source = static_cast<Arena::Lane>(lane);
+    if (!context.arena_.is_upper(source) && context.arena_.has_free(source) && look(source) == 0) {
+      context.arena_.adopt(source, 0);
+    }
+  }
   std::size_t given = 0;
   for (Arena::FreeRun run : context.arena_.free_runs(beside)) {
     if (given >= count) break;

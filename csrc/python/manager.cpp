@@ -63,7 +63,8 @@ void bind_records(py::module_& module) {
       .def_readonly("live_blocks", &Totals::live_blocks)
       .def_readonly("pages", &Totals::pages)
       .def_readonly("existing", &Totals::existing)
-      .def_readonly("existing_peak", &Totals::existing_peak);
+      .def_readonly("existing_peak", &Totals::existing_peak)
+      .def_readonly("created", &Totals::created);
 }
 
 void bind_context(py::module_& module) {

@@ -28,25 +28,19 @@ c10::Device torch_device(const Context& context) {
 }
 
 // What native does for its own blocks, for profilers and for torch's CUDA sanitizer.
-void report_allocation(const Context& context, void* pointer) {
+void report(const Context& context, void* pointer, bool allocated) {
   if (const auto* trace = c10::impl::GPUTrace::get_trace()) [[unlikely]] {
-    (*trace)->trace_gpu_memory_allocation(c10::kCUDA, reinterpret_cast<std::uintptr_t>(pointer));
+    const auto address = reinterpret_cast<std::uintptr_t>(pointer);
+    if (allocated) {
+      (*trace)->trace_gpu_memory_allocation(c10::kCUDA, address);
+    } else {
+      (*trace)->trace_gpu_memory_deallocation(c10::kCUDA, address);
+    }
   }
   if (c10::memoryProfilingEnabled()) [[unlikely]] {
-    c10::reportMemoryUsageToProfiler(
-        pointer, static_cast<std::int64_t>(context.block_bytes(pointer)), context.used_bytes(),
-        context.resident_bytes(), torch_device(context));
-  }
-}
-
-void report_free(const Context& context, void* pointer) {
-  if (const auto* trace = c10::impl::GPUTrace::get_trace()) [[unlikely]] {
-    (*trace)->trace_gpu_memory_deallocation(c10::kCUDA, reinterpret_cast<std::uintptr_t>(pointer));
-  }
-  if (c10::memoryProfilingEnabled()) [[unlikely]] {
-    c10::reportMemoryUsageToProfiler(
-        pointer, -static_cast<std::int64_t>(context.block_bytes(pointer)), context.used_bytes(),
-        context.resident_bytes(), torch_device(context));
+    const auto bytes = static_cast<std::int64_t>(context.block_bytes(pointer));
+    c10::reportMemoryUsageToProfiler(pointer, allocated ? bytes : -bytes, context.used_bytes(),
+                                     context.resident_bytes(), torch_device(context));
   }
 }
 
@@ -60,7 +54,7 @@ void delete_block(void* pointer) {
     native_allocator->raw_delete(pointer);
     return;
   }
-  report_free(*owner, pointer);
+  report(*owner, pointer, /*allocated=*/false);
   if (owner == current_context()) [[likely]] {
     owner->free(pointer);
   } else {
@@ -86,8 +80,6 @@ class CudaAllocator final : public CudaForwarder {
     statistics_.watch(manager);
   }
   const CudaPools& pools() const { return pools_; }
-
-  // Allocation -----------------------------------------------------------------------------------
 
   c10::DataPtr allocate(std::size_t bytes) override {
     const c10::DeviceIndex device = current_device();
@@ -146,9 +138,6 @@ class CudaAllocator final : public CudaForwarder {
     return cudaSuccess;
   }
 
-  // Pools
-  // ------------------------------------------------------------------------------------------
-
   void beginAllocateToPool(c10::DeviceIndex device, c10::MempoolId_t id,
                            std::function<bool(cudaStream_t)> filter) override {
     pools_.begin(device, id, std::move(filter), context_of_session(device));
@@ -169,9 +158,6 @@ class CudaAllocator final : public CudaForwarder {
     for (c10::DataPtr& data : delta.dataptrs_allocd) take_over(data);
     return delta;
   }
-
-  // Statistics
-  // ---------------------------------------------------------------------------------------
 
   c10::CachingDeviceAllocator::DeviceStats getDeviceStats(c10::DeviceIndex device) override {
     auto stats = native_->getDeviceStats(device);
@@ -286,7 +272,7 @@ class CudaAllocator final : public CudaForwarder {
       TORCH_CHECK_WITH(OutOfMemoryError, error.code() != ErrorCode::out_of_memory, error.what());
       throw;
     }
-    report_allocation(*context, pointer);
+    report(*context, pointer, /*allocated=*/true);
     return pointer;
   }
 

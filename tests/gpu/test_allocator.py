@@ -1,4 +1,4 @@
-"""CUDA tensors in sessions: whose memory they are, what torch says of it, what is refused and how."""
+"""CUDA tensors in sessions: whose memory they are, what torch says of it, what is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CUDA graphs in sessions: their memory is the context's, and they keep working whatever others do."""
+"""CUDA graphs in sessions: their memory is the context's, and they work whatever others do."""
 
 from __future__ import annotations
 

@@ -13,8 +13,10 @@ def test_memcheck_finds_nothing() -> None:
     toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin/compute-sanitizer"
     sanitizer = shutil.which("compute-sanitizer") or str(toolkit)
     result = subprocess.run(
-        [sanitizer, "--tool", "memcheck", "--error-exitcode", "9"]
-        + [sys.executable, "-m", "tests.gpu.short_program"],
+        [
+            *(sanitizer, "--tool", "memcheck", "--error-exitcode", "9"),
+            *(sys.executable, "-m", "tests.gpu.short_program"),
+        ],
         capture_output=True,
         text=True,
         timeout=240,

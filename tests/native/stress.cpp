@@ -1,5 +1,6 @@
 // Many threads on one small device, for the sanitizers: allocations in shared and own contexts,
 // reclaim between them, contexts that come and go with live blocks, sessions, statistics.
+#include <array>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -7,6 +8,7 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "core/address_table.h"
@@ -17,6 +19,19 @@
 namespace {
 
 using namespace pgk;
+
+// A thread's stream, as torch keeps it.
+thread_local std::int64_t thread_stream = 0;
+
+struct FakeStreams final : ThreadStreams {
+  Saved enter(const std::shared_ptr<Context>& context, bool /*ordered*/) override {
+    return std::exchange(thread_stream, static_cast<std::int64_t>(context->stream()));
+  }
+  void leave(Saved saved, const std::shared_ptr<Context>& /*outer*/) override {
+    thread_stream = saved;
+  }
+  void finish(const Context& /*context*/) override {}
+};
 
 constexpr int kThreads = 4;
 constexpr int kSteps = 4000;
@@ -57,14 +72,25 @@ void work(Manager& manager, const std::shared_ptr<Context>& shared, int index) {
       if (!blocks.back().intact()) fail("memory was handed out twice");
       Context* owner = AddressTable::owner_of(blocks.back().address);
       if (owner == nullptr) fail("a live block has no owner");
-      owner->free(blocks.back().address);
+      if (below(4) == 0) {
+        owner->free_after(blocks.back().address, std::array{shared->stream()});
+      } else {
+        owner->free(blocks.back().address);
+      }
       blocks.pop_back();
     } else if (what < 97) {
+      const std::int64_t outside = thread_stream;
+      Session outer(shared);
       Session session(below(2) == 0 ? own : shared);
+      outer.enter();
       session.enter();
+      if (thread_stream != static_cast<std::int64_t>(current_context()->stream())) {
+        fail("a session's stream is not current");
+      }
       const std::size_t bytes = 1 + below(below(10) == 0 ? 3 * MiB : 20 * KiB);
       try {
-        const Block block{current_context()->allocate(bytes, current_context()->stream()), bytes,
+        const StreamId stream = below(3) == 0 ? shared->stream() : current_context()->stream();
+        const Block block{current_context()->allocate(bytes, stream), bytes,
                           static_cast<unsigned char>(index + 1)};
         block.write();
         blocks.push_back(block);
@@ -72,7 +98,14 @@ void work(Manager& manager, const std::shared_ptr<Context>& shared, int index) {
         if (error.code() != ErrorCode::out_of_memory) throw;
         ++refusals;
       }
-      session.exit();
+      if (below(2) == 0) {
+        outer.exit();
+        session.exit();
+      } else {
+        session.exit();
+        outer.exit();
+      }
+      if (thread_stream != outside) fail("the thread did not get its stream back");
     } else if (what < 98) {
       // With its live blocks; they are freed later, by address.
       manager.destroy_context(*own);
@@ -80,8 +113,11 @@ void work(Manager& manager, const std::shared_ptr<Context>& shared, int index) {
           {"own-" + std::to_string(index) + "-" + std::to_string(step), 16 * MiB, 0});
     } else if (what < 99) {
       manager.resize_context(*own, 16 * MiB, 0);
+    } else if (below(4) == 0) {
+      manager.trim();
     } else {
       manager.device_usage();
+      manager.totals();
       manager.check_invariants();
     }
   }
@@ -92,7 +128,8 @@ void work(Manager& manager, const std::shared_ptr<Context>& shared, int index) {
 }  // namespace
 
 int main() {
-  auto manager = Manager::make(std::make_shared<HostDevice>(48 * MiB));
+  FakeStreams streams;
+  auto manager = Manager::make(std::make_shared<HostDevice>(48 * MiB), &streams);
   auto shared = manager->create_context({"shared", 24 * MiB, 0});
   std::vector<std::thread> threads;
   for (int index = 0; index < kThreads; ++index) {

@@ -376,9 +376,16 @@ def test_place_takes_modules_and_tensors_only(context: pgk.ExecutionContext) -> 
 
 def test_a_thread_without_a_session_is_not_charged(context: pgk.ExecutionContext) -> None:
     results: list[torch.Tensor] = []
+    entered = threading.Event()
+
+    def work() -> None:
+        entered.wait()
+        results.append(bytes_of(MB))
+
+    thread = threading.Thread(target=work)
+    thread.start()
     with pgk.context_session(context):
-        thread = threading.Thread(target=lambda: results.append(bytes_of(MB)))
-        thread.start()
+        entered.set()
         thread.join()
     assert used(context) == 0
     assert native.current_context() is None

@@ -11,7 +11,10 @@ CSRC = Path(__file__).parents[2] / "csrc"
 LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "core": ({"core", "device"}, set()),
     "device": ({"core", "device"}, {"fcntl.h", "unistd.h", "sys/", "cuda.h", "dlfcn.h"}),
-    "torch": ({"core", "device", "torch"}, {"c10/", "pthread.h"}),
+    "torch": (
+        {"core", "device", "torch"},
+        {"ATen/", "c10/", "torch/", "cuda_runtime_api.h", "pthread.h", "sys/"},
+    ),
     "python": ({"core", "device", "torch", "python"}, {"pybind11/"}),
 }
 # Below the interface, only the core's vocabulary may be known; above it, only the interface.
