@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +11,59 @@ RESULTS = ROOT / "benchmarks/results"
 
 
 def alloc_table() -> str:
-    """Allocate + free on the host device, as Markdown."""
-    report = json.loads((RESULTS / "alloc-host.json").read_text())
-    lines = [
-        "| size | threads | stock, ns | in a session, ns | ratio |",
-        "|---:|---:|---:|---:|---:|",
+    """Allocate + free on a GPU."""
+    report = _report("alloc-h100.json")
+    header = "| size | threads | torch, ns | in a session, ns | torch, M/s | in sessions, M/s |"
+    rows = [
+        f"| {_size(row['bytes'])} | {row['threads']} | {row['stock']:.0f} | {row['session']:.0f} "
+        f"| {row['stock M/s']:.2g} | {row['session M/s']:.3g} |"
+        for row in report["rows"]
+        if row["threads"] in (1, 8)
     ]
-    for row in report["rows"]:
-        lines.append(
-            f"| {_size(row['bytes'])} | {row['threads']} | {row['stock']:.0f} "
-            f"| {row['session']:.0f} | {row['ratio']:.2g} |"
-        )
+    return _table(header, rows, report)
+
+
+def generate_table() -> str:
+    """Tokens a second inside and outside of a session."""
+    report = _report("generate-h100.json")
+    header = "| batch | outside, tokens/s | in a session, tokens/s | ratio |"
+    rows = [
+        f"| {row['batch']} | {row['outside']:.0f} ({row['outside spread']}) | {row['session']:.0f} "
+        f"({row['session spread']}) | {row['ratio']:.3f} |"
+        for row in report["rows"]
+    ]
+    return _table(header, rows, report)
+
+
+def borders_table() -> str:
+    """Latency beside best effort, and results that were read too early."""
+    report = _report("borders-h100.json")
+    header = "| way | beside | input made | `.item()` loop | p50, ms | p99, ms | wrong results |"
+    rows = [
+        f"| {row['way']} | {row['beside']} | {row['input']} | {row['.item() loop']} "
+        f"| {row['p50']:.1f} | {row['p99']:.1f} | {row['wrong results']} |"
+        for row in report["rows"]
+    ]
+    return _table(header, rows, report)
+
+
+def _report(name: str) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((RESULTS / name).read_text())
+    return report
+
+
+def _table(header: str, rows: list[str], report: dict[str, Any]) -> str:
     machine = report["machine"]
-    lines += [
-        "",
-        f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, medians, a context "
-        f"for each thread, commit {machine['commit']}.",
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            header,
+            "|" + "---:|" * (header.count("|") - 1),
+            *rows,
+            "",
+            f"{machine['gpu']}, {machine['cores']} cores, torch {machine['torch']}, medians, "
+            f"commit {machine['commit']}.",
+        ]
+    )
 
 
 def _size(size: int) -> str:
@@ -37,7 +73,11 @@ def _size(size: int) -> str:
     return f"{size} B"
 
 
-TABLES: dict[str, Any] = {"alloc": alloc_table}
+TABLES: dict[str, Callable[[], str]] = {
+    "alloc": alloc_table,
+    "generate": generate_table,
+    "borders": borders_table,
+}
 
 
 def filled(text: str) -> str:

@@ -67,7 +67,7 @@ void* Context::allocate_resident(std::size_t bytes, StreamId stream) {
   if (state_ != State::open) [[unlikely]]
     require_open();
   Arena::Lane lane = 0;
-  if (lanes_.front() != stream) [[unlikely]] {
+  if (stream != stream_) [[unlikely]] {
     const auto found = find_lane(stream);
     if (!found) return nullptr;
     lane = *found;

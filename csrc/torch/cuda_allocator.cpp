@@ -76,6 +76,7 @@ class CudaAllocator final : public CudaForwarder {
   void serve(const std::shared_ptr<Manager>& manager) {
     const std::lock_guard lock(mutex_);
     manager_ = manager;
+    served_device_.store(manager ? ordinal_of(*manager) : -1, std::memory_order_relaxed);
     served_.store(manager ? manager->thread_streams() : nullptr, std::memory_order_release);
     statistics_.watch(manager);
   }
@@ -225,6 +226,10 @@ class CudaAllocator final : public CudaForwarder {
     return c10::cuda::current_device();
   }
 
+  static c10::DeviceIndex ordinal_of(const Manager& manager) {
+    return static_cast<c10::DeviceIndex>(static_cast<CudaDevice&>(*manager.device()).ordinal());
+  }
+
   static StreamId current_stream(c10::DeviceIndex device) {
     if (current_context() == nullptr) mend_stream();
     return current_cuda_stream(device);
@@ -236,12 +241,11 @@ class CudaAllocator final : public CudaForwarder {
   }
   bool serves(c10::DeviceIndex device) const {
     const auto manager = this->manager();
-    return manager && static_cast<CudaDevice&>(*manager->device()).ordinal() == device;
+    return manager && ordinal_of(*manager) == device;
   }
   bool serves(const Context& context, c10::DeviceIndex device) const {
-    return context.thread_streams() != nullptr &&
-           context.thread_streams() == served_.load(std::memory_order_acquire) &&
-           cuda_device(context).ordinal() == device;
+    return context.thread_streams() == served_.load(std::memory_order_acquire) &&
+           device == served_device_.load(std::memory_order_relaxed);
   }
   std::shared_ptr<Context> context_of_session(c10::DeviceIndex device) const {
     Context* context = current_context();
@@ -343,6 +347,7 @@ class CudaAllocator final : public CudaForwarder {
   mutable std::mutex mutex_;
   std::weak_ptr<Manager> manager_;
   std::atomic<ThreadStreams*> served_{nullptr};
+  std::atomic<c10::DeviceIndex> served_device_{-1};  // -1: none, whatever else matches
   std::vector<caching::OutOfMemoryObserver> oom_observers_;
 };
 

@@ -21,6 +21,11 @@ namespace {
 using c10::cuda::CUDAStream;
 
 StreamId id_of(const CUDAStream& stream) {
+  // Torch's id of a stream that it did not make is the handle: the common case needs no call.
+  const Context* context = current_context();
+  const auto id = static_cast<StreamId>(stream.id());
+  if (context != nullptr && context->stream() == id) [[likely]]
+    return id;
   return CudaDevice::id_of(stream.stream());
 }
 
