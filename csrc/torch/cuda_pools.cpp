@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <utility>
 
+#include "core/address_table.h"
 #include "core/error.h"
+#include "core/session.h"
 #include "torch/cuda_streams.h"
 
 namespace pgk {
@@ -45,7 +47,9 @@ std::size_t segment_bytes_for(std::size_t bytes) {
   return round_up(bytes, kSmallSegment);
 }
 
-// What native takes a pool's segments from. Called under native's lock.
+// What native takes a pool's segments from. Called under native's lock. The context is that of the
+// thread that needs the segment, since a process's graph trees share one pool; without a session it
+// is the one in which the pool was made.
 class CudaPools::Provider final : public Pluggable {
  public:
   Provider(std::shared_ptr<Context> context, Segments& segments)
@@ -55,9 +59,10 @@ class CudaPools::Provider final : public Pluggable {
         segments_(segments) {}
 
   void* raw_alloc(std::size_t bytes) override {
-    void* pointer = take_segment(*context_, bytes);
+    Context& context = provider();
+    void* pointer = take_segment(context, bytes);
     if (pointer == nullptr) return nullptr;
-    const std::size_t size = context_->block_bytes(pointer);
+    const std::size_t size = context.block_bytes(pointer);
     const std::size_t now = segments_.bytes += size;
     if (now > segments_.peak_bytes) segments_.peak_bytes = now;
     segments_.total_bytes += size;
@@ -70,15 +75,21 @@ class CudaPools::Provider final : public Pluggable {
     return raw_alloc(bytes);
   }
   void raw_delete(void* pointer) override {
-    segments_.bytes -= context_->block_bytes(pointer);
+    Context& owner = *AddressTable::segment_owner_of(pointer);
+    segments_.bytes -= owner.block_bytes(pointer);
     --segments_.count;
     --count_;
-    give_back_segment(*context_, pointer);
+    give_back_segment(owner, pointer);
   }
   std::string name() override { return "pygpukit_torch segments of " + context_->name(); }
 
   std::size_t count() const { return count_; }
-  const std::shared_ptr<Context>& context() const { return context_; }
+  Context& provider() const {
+    Context* current = current_context();
+    return current != nullptr && current->thread_streams() == context_->thread_streams()
+               ? *current
+               : *context_;
+  }
 
  private:
   std::shared_ptr<Context> context_;
@@ -99,7 +110,7 @@ std::shared_ptr<Context> CudaPools::provider_of(cudaStream_t stream) const {
   const Begun* begun = find(stream);
   if (begun == nullptr) return nullptr;
   const auto bound = bound_.find(begun->id);
-  return bound == bound_.end() ? nullptr : bound->second.provider->context();
+  return bound == bound_.end() ? nullptr : bound->second.provider->provider().shared_from_this();
 }
 
 // 0 also for a pool that does not exist, which native only tells by an error.

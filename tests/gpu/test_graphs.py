@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.cpp_extension import load_inline
 
 import pygpukit_torch as pgk
 from pygpukit_torch import GB, MB, context_session, create_context
@@ -256,3 +258,65 @@ def test_reduce_overhead_with_outputs_kept_alive() -> None:
         assert len(kept) == 6
     assert context.usage().used > 0
     torch._dynamo.reset()
+
+
+def test_reduce_overhead_in_two_contexts_charges_each_its_own() -> None:
+    """All graph trees of a process share one pool; its segments are whose they are needed for."""
+    contexts = [create_context(name, 2 * GB) for name in "ab"]
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x * 3) + 1
+
+    compiled = torch.compile(function, mode="reduce-overhead", dynamic=False)
+    kept = []
+    for size, context in zip((32, 48), contexts, strict=True):
+        with context_session(context):
+            x = torch.randn(size * MB // 4, device="cuda")
+            before = context.usage().used
+            for _ in range(4):
+                torch.compiler.cudagraph_mark_step_begin()
+                output = compiled(x)
+            torch.testing.assert_close(output, function(x))
+            kept.append(x)
+        assert context.usage().used - before >= size * MB
+    del output, x, compiled
+    kept.clear()
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    for context in contexts:
+        assert context.usage().used < 34 * MB
+
+
+def test_a_free_memory_callback_may_help_a_context(tmp_path: Path) -> None:
+    """Torch's own way for libraries to give memory back before a request fails."""
+    source = """
+        #include <c10/cuda/CUDACachingAllocator.h>
+        #include <torch/extension.h>
+        std::vector<at::Tensor> held;
+        struct GiveBack : c10::FreeMemoryCallback {
+          bool Execute() override {
+            const bool any = !held.empty();
+            held.clear();
+            return any;
+          }
+        };
+        namespace c10 { REGISTER_FREE_MEMORY_CALLBACK(give_back, ::GiveBack); }
+        void hold(at::Tensor tensor) { held.push_back(std::move(tensor)); }
+    """
+    library = load_inline(
+        "give_back",
+        cpp_sources=[source],
+        functions=["hold"],
+        with_cuda=True,
+        build_directory=str(tmp_path),
+    )
+    context = create_context("a", 256 * MB)
+    with context_session(context):
+        library.hold(torch.empty(200 * MB, dtype=torch.uint8, device="cuda"))
+        assert context.usage().used == 200 * MB
+        fits = torch.empty(200 * MB, dtype=torch.uint8, device="cuda")
+        assert fits.numel() == context.usage().used == 200 * MB
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(200 * MB, dtype=torch.uint8, device="cuda")
