@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from pygpukit_torch import native
 from pygpukit_torch.errors import InitializationError
 from pygpukit_torch.memory import GB, check_bytes, format_bytes
 
@@ -128,6 +129,8 @@ def why_no_cuda() -> str | None:
     """Say in a clause why CUDA cannot be used; None if it can."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
+    if not hasattr(native, "CudaDevice"):
+        return "pygpukit_torch was built against a torch without CUDA; build it again"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     return None

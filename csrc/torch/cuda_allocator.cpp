@@ -231,7 +231,7 @@ class CudaAllocator final : public CudaForwarder {
   }
 
   static StreamId current_stream(c10::DeviceIndex device) {
-    if (current_context() == nullptr) mend_stream();
+    mend_stream();
     return current_cuda_stream(device);
   }
 

@@ -177,7 +177,6 @@ StreamId current_cuda_stream(int ordinal) {
 }
 
 std::shared_ptr<Context> context_of_work(StreamId stream) {
-  mend_stream();
   const Use use = stream == CudaDevice::kDefaultStream ? Use{} : stream_table().get(stream);
   if (use.owned) {
     if (auto owner = if_open(use.context.lock())) return owner;
