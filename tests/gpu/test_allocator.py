@@ -6,35 +6,19 @@ import random
 import subprocess
 import sys
 import textwrap
-import threading
 
 import pytest
 import torch
 
 import pygpukit_torch as pgk
 from pygpukit_torch import GB, MB, QoSPolicy, context_session, create_context, native
+from tests.gpu.beside import at_once
 
 pytestmark = pytest.mark.usefixtures("check_invariants")
 
 
 def allocated() -> int:
     return torch.cuda.memory_allocated()
-
-
-def in_thread(work: object) -> None:
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()  # type: ignore[operator]
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
 
 
 def test_a_session_serves_from_its_context_and_others_from_native() -> None:
@@ -155,10 +139,10 @@ def test_memory_freed_elsewhere_is_not_reused_before_its_users_are_done(where: s
         with context_session(reader, wait=False):
             read()
     elif where == "another thread":
-        in_thread(read)
+        at_once(read)
     else:
         read()
-    in_thread(reuse)
+    at_once(reuse)
     torch.cuda.synchronize()
     assert results[0].item() == 7 * 64 * MB
 

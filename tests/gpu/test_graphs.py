@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-import threading
+import itertools
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.cpp_extension import load_inline
 
 import pygpukit_torch as pgk
 from pygpukit_torch import GB, MB, context_session, create_context
+from tests.gpu.beside import at_once, beside
 
 pytestmark = pytest.mark.usefixtures("check_invariants")
 
@@ -74,20 +76,7 @@ def test_graphs_of_two_contexts_replay_at_once_and_one_outlives_the_other() -> N
             torch.testing.assert_close(result, work(graphs[context][1]))
             graphs[context][1].normal_()
 
-    errors: list[BaseException] = []
-
-    def guarded(context: pgk.ExecutionContext) -> None:
-        try:
-            replay(context, 30)
-        except BaseException as error:
-            errors.append(error)
-
-    workers = [threading.Thread(target=guarded, args=(context,)) for context in graphs]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not errors, errors
+    at_once(*(partial(replay, context, 30) for context in graphs))
     del graphs[a]
     gc.collect()
     a.destroy()
@@ -100,55 +89,29 @@ def test_graphs_of_two_contexts_replay_at_once_and_one_outlives_the_other() -> N
 
 def test_a_capture_beside_a_user_of_the_default_stream() -> None:
     context = create_context("a", GB)
-    stop = threading.Event()
-    errors: list[BaseException] = []
 
     def use_the_default_stream() -> None:
-        try:
-            while not stop.is_set():
-                x = torch.ones(1000, device="cuda")
-                (x * 2).sum()
-        except BaseException as error:
-            errors.append(error)
+        (torch.ones(1000, device="cuda") * 2).sum()
 
-    other = threading.Thread(target=use_the_default_stream)
-    other.start()
-    try:
+    with beside(use_the_default_stream):
         for seed in range(5):
             graph = captured(context, seed)
             torch.testing.assert_close(replayed(context, graph), work(graph[1]))
-    finally:
-        stop.set()
-        other.join()
-    assert not errors, errors
 
 
 def test_other_contexts_grow_and_shrink_while_one_captures() -> None:
     capturing, busy = create_context("capturing", GB), create_context("busy", 4 * GB)
-    stop = threading.Event()
-    errors: list[BaseException] = []
+    sizes = itertools.cycle(range(1, 17))
 
     def allocate() -> None:
-        try:
-            size = 1
-            while not stop.is_set():
-                with context_session(busy, wait=False):
-                    torch.empty(size * 64 * MB, dtype=torch.uint8, device="cuda")
-                busy._runtime.manager.trim()
-                size = size % 16 + 1
-        except BaseException as error:
-            errors.append(error)
+        with context_session(busy, wait=False):
+            torch.empty(next(sizes) * 64 * MB, dtype=torch.uint8, device="cuda")
+        busy._runtime.manager.trim()
 
-    other = threading.Thread(target=allocate)
-    other.start()
-    try:
+    with beside(allocate):
         for seed in range(5):
             graph = captured(capturing, seed)
             torch.testing.assert_close(replayed(capturing, graph), work(graph[1]))
-    finally:
-        stop.set()
-        other.join()
-    assert not errors, errors
 
 
 def test_an_overrun_in_a_capture_leaves_the_process_usable() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import pygpukit_torch as pgk
 from pygpukit_torch import GB, MB, context_session, create_context
 from tests.gpu import models
+from tests.gpu.beside import at_once
 
 pytestmark = pytest.mark.usefixtures("check_invariants")
 
@@ -166,12 +168,6 @@ def test_two_models_generate_at_once_in_their_own_contexts() -> None:
             for _ in range(3):
                 results[context.name] = model.generate(ids, max_new_tokens=48, do_sample=False)
 
-    workers = [
-        threading.Thread(target=work, args=pair) for pair in zip(contexts, loaded, strict=True)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    at_once(*(partial(work, *pair) for pair in zip(contexts, loaded, strict=True)))
     for context in contexts:
         assert torch.equal(results[context.name], expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from pygpukit_torch import (
     record_event,
     wait_event,
 )
+from tests.gpu.beside import at_once
 
 pytestmark = pytest.mark.usefixtures("check_invariants")
 
@@ -208,11 +210,7 @@ def test_sessions_on_two_threads_overlap() -> None:
 
     whole_begin, whole_end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     whole_begin.record()
-    workers = [threading.Thread(target=work, args=(context,)) for context in (a, b)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    at_once(partial(work, a), partial(work, b))
     whole_end.record()
     torch.cuda.synchronize()
     assert whole_begin.elapsed_time(whole_end) < 0.75 * sum(spans)
