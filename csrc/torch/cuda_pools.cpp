@@ -24,15 +24,33 @@ constexpr std::size_t kLargeSegment = 20 * MiB;
 
 }  // namespace
 
+Segments& cuda_segments() {
+  static Segments segments;
+  return segments;
+}
+
 void* take_segment(Context& context, std::size_t bytes) {
+  void* pointer = nullptr;
   try {
-    return context.try_allocate(bytes, kNoStream, /*may_wait=*/false);
+    pointer = context.try_allocate(bytes, kNoStream, /*may_wait=*/false);
   } catch (const Error&) {
     return nullptr;  // a context that is no longer open provides nothing
   }
+  if (pointer == nullptr) return nullptr;
+  Segments& segments = cuda_segments();
+  const std::size_t size = context.block_bytes(pointer);
+  const std::size_t now = segments.bytes += size;
+  if (now > segments.peak_bytes) segments.peak_bytes = now;
+  segments.total_bytes += size;
+  ++segments.count;
+  ++segments.total_count;
+  return pointer;
 }
 
 void give_back_segment(Context& context, void* pointer) {
+  Segments& segments = cuda_segments();
+  segments.bytes -= context.block_bytes(pointer);
+  --segments.count;
   std::vector<StreamId> streams = context.streams();
   streams.push_back(CudaDevice::kDefaultStream);
   streams.push_back(current_cuda_stream(static_cast<CudaDevice&>(context.device()).ordinal()));
@@ -52,34 +70,22 @@ std::size_t segment_bytes_for(std::size_t bytes) {
 // is the one in which the pool was made.
 class CudaPools::Provider final : public Pluggable {
  public:
-  Provider(std::shared_ptr<Context> context, Segments& segments)
+  explicit Provider(std::shared_ptr<Context> context)
       : Pluggable([](std::size_t, int, cudaStream_t) -> void* { return nullptr; },
                   [](void*, std::size_t, int, cudaStream_t) {}),
-        context_(std::move(context)),
-        segments_(segments) {}
+        context_(std::move(context)) {}
 
   void* raw_alloc(std::size_t bytes) override {
-    Context& context = provider();
-    void* pointer = take_segment(context, bytes);
-    if (pointer == nullptr) return nullptr;
-    const std::size_t size = context.block_bytes(pointer);
-    const std::size_t now = segments_.bytes += size;
-    if (now > segments_.peak_bytes) segments_.peak_bytes = now;
-    segments_.total_bytes += size;
-    ++segments_.count;
-    ++segments_.total_count;
-    ++count_;
+    void* pointer = take_segment(provider(), bytes);
+    if (pointer != nullptr) ++count_;
     return pointer;
   }
   void* raw_alloc_with_stream(std::size_t bytes, cudaStream_t /*stream*/) override {
     return raw_alloc(bytes);
   }
   void raw_delete(void* pointer) override {
-    Context& owner = *AddressTable::segment_owner_of(pointer);
-    segments_.bytes -= owner.block_bytes(pointer);
-    --segments_.count;
     --count_;
-    give_back_segment(owner, pointer);
+    give_back_segment(*AddressTable::segment_owner_of(pointer), pointer);
   }
   std::string name() override { return "pygpukit_torch segments of " + context_->name(); }
 
@@ -93,7 +99,6 @@ class CudaPools::Provider final : public Pluggable {
 
  private:
   std::shared_ptr<Context> context_;
-  Segments& segments_;
   std::atomic<std::size_t> count_{0};
 };
 
@@ -131,7 +136,7 @@ void CudaPools::begin(c10::DeviceIndex device, c10::MempoolId_t id, Filter filte
                       const std::shared_ptr<Context>& context) {
   const Lock lock(mutex_);
   if (context && !bound_.contains(id) && use_count(device, id) == 0) {
-    const auto provider = std::make_shared<Provider>(context, segments_);
+    const auto provider = std::make_shared<Provider>(context);
     native_->createOrIncrefPool(device, id, provider);
     bound_[id] = {provider, true};
   }
@@ -153,7 +158,7 @@ void CudaPools::create(c10::DeviceIndex device, c10::MempoolId_t id,
   const Lock lock(mutex_);
   ++references_[id];
   if (context && !allocator && !bound_.contains(id) && use_count(device, id) == 0) {
-    const auto provider = std::make_shared<Provider>(context, segments_);
+    const auto provider = std::make_shared<Provider>(context);
     native_->createOrIncrefPool(device, id, provider);
     bound_[id] = {provider, false};
     return;

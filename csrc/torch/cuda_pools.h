@@ -27,7 +27,10 @@ struct Segments {
   std::atomic<std::size_t> count{0};
   std::atomic<std::size_t> total_bytes{0};
   std::atomic<std::size_t> total_count{0};
+
+  void reset_peak() { peak_bytes = bytes.load(); }
 };
+Segments& cuda_segments();
 
 // Idle memory of the context that any stream may use. Null if it cannot be had without waiting.
 void* take_segment(Context& context, std::size_t bytes);
@@ -63,8 +66,6 @@ class CudaPools {
 
   // Whether a pool is in use, so that a graph may keep addresses of torch's own buffers.
   bool any() const;
-  const Segments& segments() const { return segments_; }
-  void reset_peak() { segments_.peak_bytes = segments_.bytes.load(); }
 
  private:
   class Provider;
@@ -85,7 +86,6 @@ class CudaPools {
   int use_count(c10::DeviceIndex device, c10::MempoolId_t id) const;
 
   Native* native_;
-  Segments segments_;
   // Recursive: filters are torch's, and may allocate.
   mutable std::recursive_mutex mutex_;
   std::atomic<int> begun_{0};

@@ -237,9 +237,11 @@ def test_pgk_malloc_serves_a_mempool() -> None:
     pair = torch.cuda.memory.CUDAPluggableAllocator(native.__file__, "pgk_malloc", "pgk_free")
     pool = torch.cuda.MemPool(pair.allocator())
     context = create_context("a", GB)
+    before = allocated()
     with context_session(context), torch.cuda.use_mem_pool(pool):
         x = torch.ones(4 * MB, device="cuda")
     assert 16 * MB <= context.usage().used < 40 * MB
+    assert allocated() - before == 16 * MB  # the segment is not counted beside what is in it
     assert x.sum().item() == 4 * MB
     with (
         pytest.raises(RuntimeError, match="pgk_malloc serves threads in a session"),
