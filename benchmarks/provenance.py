@@ -5,8 +5,10 @@ import subprocess
 
 
 def commit() -> str:
-    """The commit, marked if there were changes on top; ``PYGPUKIT_COMMIT`` where git is missing."""
+    """The commit, marked if there were changes on top; ``PYGPUKIT_COMMIT`` for copies without it."""
+    if told := os.environ.get("PYGPUKIT_COMMIT"):
+        return told
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     ).stdout.strip()
-    return described or os.environ.get("PYGPUKIT_COMMIT", "unknown")
+    return described or "unknown"
