@@ -5,7 +5,7 @@ import subprocess
 
 
 def commit() -> str:
-    """The commit, marked if there were changes on top; ``PYGPUKIT_COMMIT`` for copies without it."""
+    """The commit, marked if there were changes on top, or what ``PYGPUKIT_COMMIT`` says it is."""
     if told := os.environ.get("PYGPUKIT_COMMIT"):
         return told
     described = subprocess.run(
