@@ -258,6 +258,11 @@ class Session:
     def enter(self) -> None: ...
     def exit(self) -> None: ...
 
+class Hold:
+    """Keeps a context active as long as it lives."""
+
+    def __init__(self, context: Context) -> None: ...
+
 class ThreadStreams:
     """What sessions switch."""
 

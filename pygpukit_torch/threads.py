@@ -12,10 +12,10 @@ from functools import wraps
 from typing import Any
 
 from pygpukit_torch import native
+from pygpukit_torch.errors import ContextDestroyedError
 
 _start = threading.Thread.start
 _submit: Any = ThreadPoolExecutor.submit
-_in_pool = threading.local()
 
 
 def hand_contexts_on() -> None:
@@ -34,12 +34,25 @@ def stop_handing_contexts_on() -> None:
 
 @wraps(_start)
 def _start_in_context(self: threading.Thread) -> None:
-    # The workers of a pool outlive the call that happens to start them.
-    context = None if getattr(_in_pool, "submits", False) else native.current_context()
-    if context is not None:
-        # A daemon (a progress bar's monitor, say) may never end; the context can go before it.
-        self.run = _in_context(self.run, context, keeps_active=not self.daemon)  # type: ignore[method-assign]
-    _start(self)
+    context = native.current_context()
+    if context is None or _serves_a_pool(self):
+        _start(self)
+        return
+    # A daemon (a progress bar's monitor, say) may never end; the context can go before it.
+    run = self.run
+    self.run = _in_context(run, context, keeps_active=not self.daemon)  # type: ignore[method-assign]
+    try:
+        _start(self)
+    except BaseException:
+        self.run = run  # type: ignore[method-assign]
+        raise
+
+
+def _serves_a_pool(thread: threading.Thread) -> bool:
+    """Whether it is a thread of ``concurrent.futures``, which outlives the call that starts it."""
+    target = getattr(thread, "_target", None)
+    modules = (type(thread).__module__, getattr(target, "__module__", None) or "")
+    return any(module.startswith("concurrent.futures") for module in modules)
 
 
 @wraps(_submit)
@@ -49,23 +62,26 @@ def _submit_in_context(
     context = native.current_context()
     if context is not None:
         fn = _in_context(fn, context, keeps_active=True)
-    before = getattr(_in_pool, "submits", False)
-    _in_pool.submits = True
-    try:
-        future: Future[Any] = _submit(self, fn, *args, **kwargs)
-        return future
-    finally:
-        _in_pool.submits = before
+    future: Future[Any] = _submit(self, fn, *args, **kwargs)
+    return future
 
 
 def _in_context(
     call: Callable[..., Any], context: native.Context, *, keeps_active: bool
 ) -> Callable[..., Any]:
-    session = native.Session(context, ordered=True, keeps_active=keeps_active)
+    # Held from now on: the context must not be destroyed before the work has begun. Work that never
+    # begins lets go when it is forgotten.
+    hold = native.Hold(context) if keeps_active else None
 
     @wraps(call)
     def run(*args: Any, **kwargs: Any) -> Any:
-        session.enter()
+        nonlocal hold
+        session = native.Session(context, ordered=True, keeps_active=keeps_active)
+        try:
+            session.enter()
+        except ContextDestroyedError:  # of a daemon
+            return call(*args, **kwargs)
+        hold = None
         try:
             return call(*args, **kwargs)
         finally:

@@ -13,7 +13,8 @@ class Blocking {
   // Before any other thread uses the core.
   static void set_hooks(Hooks hooks) { hooks_ = hooks; }
 
-  Blocking() : held_(hooks_.begin == nullptr ? nullptr : hooks_.begin()) {}
+  explicit Blocking(bool wanted = true)
+      : held_(!wanted || hooks_.begin == nullptr ? nullptr : hooks_.begin()) {}
   // Python ends threads that ask for the GIL after its own end, by unwinding them.
   ~Blocking() noexcept(false) {
     if (held_ != nullptr) hooks_.end(held_);

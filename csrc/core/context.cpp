@@ -16,6 +16,10 @@ Context::Counters& Context::Counters::operator+=(const Counters& other) {
   pages_mapped += other.pages_mapped;
   pages_unmapped += other.pages_unmapped;
   allocated_bytes += other.allocated_bytes;
+  segments_taken += other.segments_taken;
+  segments_returned += other.segments_returned;
+  segment_bytes_taken += other.segment_bytes_taken;
+  segment_bytes_returned += other.segment_bytes_returned;
   return *this;
 }
 
@@ -67,7 +71,7 @@ void* Context::allocate_resident(std::size_t bytes, StreamId stream) {
   if (state_ != State::open) [[unlikely]]
     require_open();
   Arena::Lane lane = 0;
-  if (stream != stream_) [[unlikely]] {
+  if (stream != this->stream()) [[unlikely]] {
     const auto found = find_lane(stream);
     if (!found) return nullptr;
     lane = *found;
@@ -211,6 +215,19 @@ std::vector<StreamId> Context::streams() const {
 std::size_t Context::block_bytes(const void* pointer) const {
   const std::lock_guard lock(mutex_);
   return arena_.live_granules(granule_of(pointer)) * kGranule;
+}
+
+void Context::count_segment(const void* pointer, bool taken) {
+  const std::lock_guard lock(mutex_);
+  const std::size_t bytes = arena_.live_granules(granule_of(pointer)) * kGranule;
+  if (taken) {
+    ++counters_.segments_taken;
+    counters_.segment_bytes_taken += bytes;
+  } else {
+    ++counters_.segments_returned;
+    counters_.segment_bytes_returned += bytes;
+    least_segment_bytes_ = std::min(least_segment_bytes_, counters_.segment_bytes());
+  }
 }
 
 void Context::begin_session(bool keeps_active) {

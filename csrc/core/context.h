@@ -6,6 +6,7 @@
 // is then kept back until an event on each of them is done.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -48,7 +49,13 @@ class Context : public std::enable_shared_from_this<Context> {
     std::uint64_t pages_mapped = 0;
     std::uint64_t pages_unmapped = 0;
     std::uint64_t allocated_bytes = 0;
+    // Of these, segments.
+    std::uint64_t segments_taken = 0;
+    std::uint64_t segments_returned = 0;
+    std::uint64_t segment_bytes_taken = 0;
+    std::uint64_t segment_bytes_returned = 0;
 
+    std::size_t segment_bytes() const { return segment_bytes_taken - segment_bytes_returned; }
     Counters& operator+=(const Counters& other);
   };
 
@@ -79,6 +86,8 @@ class Context : public std::enable_shared_from_this<Context> {
   // Work that is on `stream` when the block is freed may still use it then. Does nothing if no
   // live block of this context starts at `pointer`.
   void record_use(const void* pointer, StreamId stream);
+  // For whoever divides segments further: counts what he takes with kNoStream and gives back.
+  void count_segment(const void* pointer, bool taken);
   // The block's size, 0 if no live block of this context starts at `pointer`.
   std::size_t block_bytes(const void* pointer) const;
 
@@ -90,7 +99,8 @@ class Context : public std::enable_shared_from_this<Context> {
   const std::string& name() const { return spec_.name; }
   Tier tier() const { return spec_.tier; }
   std::uint64_t id() const { return account_; }
-  StreamId stream() const { return stream_; }
+  // kNoStream once nothing is left of the context.
+  StreamId stream() const { return stream_.load(std::memory_order_relaxed); }
   // Those that memory was handed out for.
   std::vector<StreamId> streams() const;
   Device& device() const { return *device_; }
@@ -158,10 +168,11 @@ class Context : public std::enable_shared_from_this<Context> {
   std::map<std::uint32_t, std::vector<StreamId>> uses_;  // of live blocks, as recorded
   std::vector<Fence> fences_;
   std::uint32_t sessions_ = 0;
+  std::size_t least_segment_bytes_ = 0;  // since the peak was reset
   // Below: only with the manager's lock, except for what never changes.
   ContextSpec spec_;
   Ledger::Id account_;
-  StreamId stream_;
+  std::atomic<StreamId> stream_;
   std::shared_ptr<Device> device_;
   ThreadStreams* thread_streams_;
   std::map<std::uint32_t, Handle> handles_;  // of the resident pages

@@ -292,7 +292,13 @@ void Manager::collect_orphan(std::uint64_t id) {
 }
 
 void Manager::collect_orphans() {
-  std::erase_if(orphans_, [this](const auto& orphan) { return dismantle(*orphan); });
+  for (std::size_t i = 0; i < orphans_.size();) {
+    if (dismantle(*orphans_[i])) {
+      orphans_.erase(orphans_.begin() + static_cast<std::ptrdiff_t>(i));
+    } else {
+      ++i;
+    }
+  }
 }
 
 // Gives back what no live block needs. True if nothing of the orphan is left; a device call that
@@ -303,9 +309,10 @@ bool Manager::dismantle(Context& orphan) {
   try {
     // The stream first: its work may still use the pages.
     if (orphan.arena_.live_blocks() == 0 && orphan.stream_ != kNoStream) {
-      device_->destroy_stream(orphan.stream_);
+      const StreamId stream = orphan.stream_;
+      device_->destroy_stream(stream);
       // It was idle: nothing may still use what was freed in its order.
-      std::replace(orphan.lanes_.begin(), orphan.lanes_.end(), orphan.stream_, kNoStream);
+      std::replace(orphan.lanes_.begin(), orphan.lanes_.end(), stream, kNoStream);
       orphan.stream_ = kNoStream;
     }
     orphan.settle_fences();
@@ -322,6 +329,16 @@ bool Manager::dismantle(Context& orphan) {
     return false;
   }
   gone_ += orphan.counters_;
+  std::size_t peaks = 0;
+  for (const Context* context : all()) {
+    if (context == &orphan) {
+      peaks += orphan.arena_.peak_bytes();
+    } else {
+      const ContextLock other_lock(context->mutex_);
+      peaks += context->arena_.peak_bytes();
+    }
+  }
+  peak_with_gone_ = std::max(peak_with_gone_, peaks);
   ledger_.close(orphan.id());
   orphan.manager_of_orphan_.reset();
   return true;

@@ -22,6 +22,7 @@ namespace pgk {
 
 // Bytes throughout.
 struct Usage {
+  std::uint64_t id = 0;
   std::string name;
   Tier tier = Tier::burstable;
   bool orphan = false;
@@ -38,9 +39,10 @@ struct Usage {
 // Sums over all contexts, those that are gone included.
 struct Totals {
   Context::Counters counters;
-  std::size_t used = 0;
-  std::size_t peak = 0;    // sum of the contexts' peaks: at least the peak of the sum
-  std::size_t fenced = 0;  // freed, but other streams may still use it
+  std::size_t used = 0;                 // segments included
+  std::size_t peak = 0;                 // sum of the contexts' peaks: at least the peak of the sum
+  std::size_t least_segment_bytes = 0;  // since the peaks were reset: at most the least sum
+  std::size_t fenced = 0;               // freed, but other streams may still use it
   std::size_t live_blocks = 0;
   std::size_t pages = 0;
   std::size_t existing = 0;  // physical memory, reservations included
@@ -113,15 +115,16 @@ class Manager : public std::enable_shared_from_this<Manager> {
 
   // With the manager's lock; those that name a context need its lock too.
   std::uint32_t obtain(Context& context, std::uint32_t granules, Arena::Lane lane);
+  std::optional<EventId> awaited_event(const Context& context, std::uint32_t granules,
+                                       Arena::Lane lane) const;
   bool grow(Context& context, std::uint32_t granules, Arena::Lane lane);
   bool adopt_lanes(Context& context, Arena::Lane lane);
   void map_pages(Context& context, Arena::PageRun pages, Arena::Lane lane);
-  void give_up_pages(Context& context, std::size_t count,
+  void give_up_pages(Context& context, std::size_t count, Arena::Lane requester = 0,
                      std::optional<Arena::PageRun> beside = std::nullopt);
   void unmap_retired(Context& context, Arena::PageRun run);
   void collect_retired(Context& context);
   void collect_all_retired();
-  std::optional<EventId> awaited_event(const Context& context) const;
   std::optional<EventId> first_retired() const;
   void reclaim(std::size_t goal, const Context* except);
   void drop_reservation(Context& context);
@@ -146,7 +149,8 @@ class Manager : public std::enable_shared_from_this<Manager> {
   std::vector<std::shared_ptr<Context>> orphans_;
   // What the device refused in the operation under way, for the error that may come of it.
   std::string device_said_;
-  Context::Counters gone_;  // of contexts of which nothing is left
+  Context::Counters gone_;          // of contexts of which nothing is left
+  std::size_t peak_with_gone_ = 0;  // the sum of the peaks when one of those went
   bool forked_ = false;
 };
 

@@ -14,8 +14,7 @@ using ContextLock = std::lock_guard<SpinLock>;
 
 void* Manager::allocate_slow(Context& context, std::size_t bytes, StreamId stream, bool may_wait,
                              std::string* device_said) {
-  std::optional<Blocking> blocking;
-  if (may_wait) blocking.emplace();
+  const Blocking blocking(may_wait);
   const std::size_t granules = bytes / kGranule + (bytes % kGranule != 0);
   for (;;) {
     std::optional<EventId> awaited;
@@ -30,7 +29,10 @@ void* Manager::allocate_slow(Context& context, std::size_t bytes, StreamId strea
         const std::uint32_t start =
             obtain(context, static_cast<std::uint32_t>(granules), context.lane_for(stream));
         if (start != Arena::kNone) return context.finish_allocation(start, granules);
-        if (may_wait) awaited = awaited_event(context);
+        if (may_wait) {
+          awaited = awaited_event(context, static_cast<std::uint32_t>(granules),
+                                  context.lane_for(stream));
+        }
       }
       if (device_said != nullptr) *device_said = device_said_;
     }
@@ -67,9 +69,8 @@ bool Manager::grow(Context& context, std::uint32_t granules, Arena::Lane lane) {
   };
   const auto over_budget = [&] { return pages_beyond(account.max - account.resident); };
   const auto short_of_room = [&] { return pages_beyond(ledger_.room(context.id())); };
-  const auto on_their_way = [&] { return awaited_event(context).has_value(); };
   const auto make_room = [&] {
-    if (short_of_room() > 0) give_up_pages(context, short_of_room(), plan);
+    if (short_of_room() > 0) give_up_pages(context, short_of_room(), lane, plan);
     if (over_budget() == 0 && short_of_room() > 0) {
       reclaim(ledger_.uncommitted() + short_of_room() * page, &context);
     }
@@ -84,8 +85,8 @@ bool Manager::grow(Context& context, std::uint32_t granules, Arena::Lane lane) {
     plan = context.arena_.plan_growth(granules, lane);
   }
   if (!plan || !make_room()) {
-    if (on_their_way()) return false;
-    give_up_pages(context, SIZE_MAX);
+    if (awaited_event(context, granules, lane)) return false;
+    give_up_pages(context, SIZE_MAX, lane);
     plan = context.arena_.plan_growth(granules, lane);
     if (!plan || !make_room()) return false;
   }
@@ -149,8 +150,9 @@ void Manager::map_pages(Context& context, Arena::PageRun pages, Arena::Lane lane
   if (mapped > 0) context.arena_.add_pages({pages.first, mapped}, lane);
 }
 
-// Unmaps up to `count` free pages; those that work may still use are retired until it is done.
-void Manager::give_up_pages(Context& context, std::size_t count,
+// Unmaps up to `count` free pages; those that work may still use are retired until it is done. What
+// the lane of `requester` has free stays there, and may become more.
+void Manager::give_up_pages(Context& context, std::size_t count, Arena::Lane requester,
                             std::optional<Arena::PageRun> beside) {
   // Per lane: 0 if its stream is past all that it was given, an event if not, nothing if it
   // cannot be asked. One event serves all pages of a lane, since they are all free already.
@@ -168,10 +170,12 @@ void Manager::give_up_pages(Context& context, std::size_t count,
     }
   };
   // Pages that lanes share are free only once the free parts are in one lane.
-  for (std::size_t lane = 1; lane < context.lanes_.size(); ++lane) {
+  const Arena::Lane target = context.arena_.is_upper(requester) ? 0 : requester;
+  for (std::size_t lane = 0; lane < context.lanes_.size(); ++lane) {
     const auto source = static_cast<Arena::Lane>(lane);
-    if (!context.arena_.is_upper(source) && context.arena_.has_free(source) && look(source) == 0) {
-      context.arena_.adopt(source, 0);
+    if (source == target || context.arena_.is_upper(source)) continue;
+    if (context.arena_.has_free(source) && look(source) == 0) {
+      context.arena_.adopt(source, target);
     }
   }
   std::size_t given = 0;
@@ -236,10 +240,18 @@ void Manager::collect_all_retired() {
   }
 }
 
-// Something whose completion may let a request of the context succeed.
-std::optional<EventId> Manager::awaited_event(const Context& context) const {
-  const auto own = context.awaited_event();
-  return own ? own : first_retired();
+// Something whose completion may let the request succeed: memory of the context itself, or, if only
+// the device is short, of others.
+std::optional<EventId> Manager::awaited_event(const Context& context, std::uint32_t granules,
+                                              Arena::Lane lane) const {
+  if (const auto own = context.awaited_event()) return own;
+  const auto plan = context.arena_.plan_growth(granules, lane);
+  if (!plan) return std::nullopt;
+  const Ledger::Account& account = ledger_.account(context.id());
+  const std::size_t bytes = plan->count * context.page_bytes();
+  const bool device_is_short =
+      bytes <= account.max - account.resident && bytes > ledger_.room(context.id());
+  return device_is_short ? first_retired() : std::nullopt;
 }
 
 std::optional<EventId> Manager::first_retired() const {

@@ -37,6 +37,7 @@ Usage Manager::usage_of(const Context& context, std::size_t protected_bytes,
   const std::size_t reachable =
       std::min(account.max, unprotected_bytes + protected_bytes) / page * page;
   Usage usage;
+  usage.id = context.id();
   usage.name = context.name();
   usage.tier = context.tier();
   usage.orphan = context.state_ == Context::State::orphan;
@@ -100,10 +101,12 @@ Totals Manager::totals() const {
     totals.counters += context->counters_;
     totals.used += context->arena_.used_bytes();
     totals.peak += context->arena_.peak_bytes();
+    totals.least_segment_bytes += context->least_segment_bytes_;
     totals.fenced += context->arena_.fenced_bytes();
     totals.live_blocks += context->arena_.live_blocks();
     totals.pages += context->arena_.resident_pages();
   }
+  totals.peak = std::max(totals.peak, peak_with_gone_);
   totals.existing = pool_.existing_bytes();
   totals.existing_peak = pool_.peak_bytes();
   totals.created = pool_.created_bytes();
@@ -113,9 +116,11 @@ Totals Manager::totals() const {
 void Manager::reset_peaks() {
   const std::lock_guard lock(mutex_);
   pool_.reset_peak();
+  peak_with_gone_ = 0;
   for (Context* context : all()) {
     const ContextLock context_lock(context->mutex_);
     context->arena_.reset_peak();
+    context->least_segment_bytes_ = context->counters_.segment_bytes();
   }
 }
 
@@ -125,9 +130,14 @@ void Manager::refuse(Context& context, std::size_t bytes, const std::string& dev
     ++context.counters_.refusals;
   }
   const DeviceUsage device = device_usage();
-  const auto& own = *std::find_if(
-      device.contexts.begin(), device.contexts.end(),
-      [&](const Usage& usage) { return usage.name == context.name() && !usage.orphan; });
+  const auto found =
+      std::find_if(device.contexts.begin(), device.contexts.end(),
+                   [&](const Usage& usage) { return usage.id == context.id() && !usage.orphan; });
+  if (found == device.contexts.end()) {
+    throw Error(ErrorCode::context_destroyed,
+                "context '" + context.name() + "' has been destroyed");
+  }
+  const Usage& own = *found;
   std::string text =
       "context '" + own.name + "' is out of memory: tried to allocate " + format_bytes(bytes) +
       " with " + format_bytes(own.used) + " of its budget of " + format_bytes(own.max) +

@@ -166,6 +166,10 @@ void Session::enter() {
     throw;
   }
   const std::lock_guard lock(registry().mutex);
+  if (own.stream_is_stale->exchange(false)) {
+    // The session that was current on the way here has been taken back meanwhile.
+    entry.before = std::exchange(own.stale, {}).saved;
+  }
   own.stack.push_back(std::move(entry));
   own.current->store(context_.get(), std::memory_order_relaxed);
 }

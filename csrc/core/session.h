@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "core/context.h"
@@ -58,6 +59,21 @@ class Session {
   bool keeps_active_;
   std::uint64_t id_;
   std::uint64_t process_;  // counts the forks between the first process and the session's
+};
+
+// Keeps a context active without a thread in it: for work that is still to start.
+class Hold {
+ public:
+  // Throws ErrorCode::context_destroyed or ErrorCode::forked.
+  explicit Hold(std::shared_ptr<Context> context) : context_(std::move(context)) {
+    context_->begin_session(true);
+  }
+  ~Hold() { context_->end_session(); }
+  Hold(const Hold&) = delete;
+  Hold& operator=(const Hold&) = delete;
+
+ private:
+  std::shared_ptr<Context> context_;
 };
 
 // For the fork guard only.

@@ -131,6 +131,11 @@ void CudaDevice::do_unmap(Address address, Handle handle) {
 
 // Streams and events ---------------------------------------------------------------------------
 
+// Streams that were given back still exist.
+CUstream CudaDevice::handle_of(StreamId stream) {
+  return reinterpret_cast<CUstream>(stream);
+}
+
 CUstream CudaDevice::find(StreamId stream) const {
   // No handle points into the first page.
   bool known = stream >= 4096 || stream == kDefaultStream;
@@ -143,7 +148,7 @@ CUstream CudaDevice::find(StreamId stream) const {
     throw Error(ErrorCode::invalid_value,
                 properties_.name + ": no stream " + std::to_string(stream));
   }
-  return reinterpret_cast<CUstream>(stream);
+  return handle_of(stream);
 }
 
 StreamId CudaDevice::do_create_stream(int priority) {
@@ -180,19 +185,17 @@ void CudaDevice::do_destroy_stream(StreamId stream) {
 }
 
 bool CudaDevice::is_idle(StreamId stream) {
-  const CUstream handle = find(stream);
   const Scope scope(*this);
-  const CUresult result = driver_.cuStreamQuery_fn(handle);
+  const CUresult result = driver_.cuStreamQuery_fn(handle_of(stream));
   if (result == CUDA_ERROR_NOT_READY) return false;
   driver_.check(result, "query");
   return true;
 }
 
 bool CudaDevice::is_capturing(StreamId stream) {
-  const CUstream handle = find(stream);
   const Scope scope(*this);
   CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
-  const CUresult result = driver_.cuStreamIsCapturing_fn(handle, &status);
+  const CUresult result = driver_.cuStreamIsCapturing_fn(handle_of(stream), &status);
   // The default stream, while a stream that synchronises with it is captured.
   if (result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT) return true;
   driver_.check(result, "query");
@@ -206,10 +209,12 @@ void CudaDevice::copy_between(Address destination, int destination_ordinal, Addr
   CUcontext context = nullptr;
   driver_.check(driver_.cuDevicePrimaryCtxRetain_fn(&context, other), "cuDevicePrimaryCtxRetain");
   const auto context_of = [&](int ordinal) { return ordinal == ordinal_ ? context_ : context; };
-  const Scope scope(*this);
+  // Torch copies on a stream of the source's device, whose null stream has no name elsewhere.
+  driver_.check(driver_.cuCtxPushCurrent_fn(context_of(source_ordinal)), "cuCtxPushCurrent");
   const CUresult result =
       driver_.cuMemcpyPeerAsync_fn(destination, context_of(destination_ordinal), source,
                                    context_of(source_ordinal), bytes, handle);
+  driver_.cuCtxPopCurrent_fn(nullptr);
   driver_.cuDevicePrimaryCtxRelease_fn(other);
   driver_.check(result, "copy", bytes);
 }
@@ -224,6 +229,8 @@ EventId CudaDevice::do_record(StreamId stream) {
   const CUstream handle = find(stream);
   const Scope scope(*this);
   const std::lock_guard lock(mutex_);
+  // Events that were only waited for on the device are never asked about.
+  if (pending_.size() >= sweep_at_) sweep();
   if (idle_events_.empty()) {
     CUevent event = nullptr;
     driver_.check(driver_.cuEventCreate_fn(&event, CU_EVENT_DISABLE_TIMING), "record");
@@ -239,6 +246,15 @@ EventId CudaDevice::do_record(StreamId stream) {
 CUevent CudaDevice::pending(EventId event) const {
   const auto it = pending_.find(event);
   return it == pending_.end() ? nullptr : it->second;
+}
+
+void CudaDevice::sweep() {
+  std::erase_if(pending_, [this](const auto& entry) {
+    if (driver_.cuEventQuery_fn(entry.second) != CUDA_SUCCESS) return false;
+    idle_events_.push_back(entry.second);
+    return true;
+  });
+  sweep_at_ = std::max<std::size_t>(kFewEvents, 2 * pending_.size());
 }
 
 void CudaDevice::retire(EventId event) {
@@ -269,6 +285,11 @@ bool CudaDevice::is_done(EventId event) {
   driver_.check(result, "query");
   retire(event);
   return true;
+}
+
+void CudaDevice::synchronize() {
+  const Scope scope(*this);
+  driver_.check(driver_.cuCtxSynchronize_fn(), "synchronize");
 }
 
 void CudaDevice::do_synchronize_stream(StreamId stream) {

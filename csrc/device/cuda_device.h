@@ -39,6 +39,8 @@ class CudaDevice final : public Device {
   void privatise_in_child(Address /*address*/, Handle /*handle*/) noexcept override {}
 
   int ordinal() const { return ordinal_; }
+  // Blocks until all work on all streams is done. Throws ErrorCode::device during a capture.
+  void synchronize();
   // Whether it is the calling thread's current device. Cheaper than to ask which one is.
   bool is_current() const {
     CUcontext current = nullptr;
@@ -66,9 +68,11 @@ class CudaDevice final : public Device {
   void do_synchronize_stream(StreamId stream) override;
   void do_synchronize_event(EventId event) override;
 
+  static CUstream handle_of(StreamId stream);
   CUstream find(StreamId stream) const;
   CUevent pending(EventId event) const;
   void retire(EventId event);
+  void sweep();
 
   struct Stream {
     int priority = 0;
@@ -87,6 +91,8 @@ class CudaDevice final : public Device {
   std::unordered_map<EventId, CUevent> pending_;
   std::vector<CUevent> idle_events_;
   EventId next_event_ = 1;
+  static constexpr std::size_t kFewEvents = 64;
+  std::size_t sweep_at_ = kFewEvents;
 };
 
 }  // namespace pgk

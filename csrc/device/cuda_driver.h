@@ -19,6 +19,7 @@
   X(cuCtxPushCurrent)                  \
   X(cuCtxPopCurrent)                   \
   X(cuCtxGetStreamPriorityRange)       \
+  X(cuCtxSynchronize)                  \
   X(cuThreadExchangeStreamCaptureMode) \
   X(cuMemGetAllocationGranularity)     \
   X(cuMemCreate)                       \

@@ -91,7 +91,8 @@ class Device {
   void synchronize_stream(StreamId stream);
   void synchronize_event(EventId event);
   virtual bool is_done(EventId event) = 0;
-  // Whether all work submitted to the stream so far is done. Not for a stream that is captured.
+  // Whether all work submitted to the stream so far is done. Not for a stream that is captured; one
+  // that was destroyed may be asked about.
   virtual bool is_idle(StreamId stream) = 0;
   // Whether the stream's work is being captured into a graph: no event can be recorded on it.
   virtual bool is_capturing(StreamId stream) = 0;

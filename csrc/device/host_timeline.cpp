@@ -89,13 +89,14 @@ bool HostTimeline::is_done(EventId event) {
 
 bool HostTimeline::is_idle(StreamId stream) {
   const std::lock_guard lock(mutex_);
+  if (is_gone(stream)) return true;
   const Stream& queue = find(stream);
   return queue.pending.empty() && !queue.held;
 }
 
 bool HostTimeline::is_capturing(StreamId stream) {
   const std::lock_guard lock(mutex_);
-  return find(stream).capturing;
+  return !is_gone(stream) && find(stream).capturing;
 }
 
 void HostTimeline::synchronize_stream(StreamId stream) {

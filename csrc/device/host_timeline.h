@@ -46,6 +46,9 @@ class HostTimeline {
   };
 
   Stream& find(StreamId stream);
+  bool is_gone(StreamId stream) const {
+    return stream != 0 && stream < next_stream_ && !streams_.contains(stream);
+  }
   EventId submit(StreamId stream, Work work);
   void run_all();
   bool done(EventId event) const;

@@ -126,6 +126,9 @@ void bind_context(py::module_& module) {
       .def("enter", &Session::enter)
       .def("exit", &Session::exit);
 
+  py::class_<Hold>(module, "Hold")
+      .def(py::init<std::shared_ptr<Context>>(), py::arg("context").none(false));
+
   module.def("current_context", []() -> std::shared_ptr<Context> {
     Context* context = current_context();
     return context == nullptr ? nullptr : context->shared_from_this();

@@ -162,18 +162,17 @@ class CudaAllocator final : public CudaForwarder {
 
   c10::CachingDeviceAllocator::DeviceStats getDeviceStats(c10::DeviceIndex device) override {
     auto stats = native_->getDeviceStats(device);
-    if (serves(device)) statistics_.add_to(stats, cuda_segments());
+    if (serves(device)) statistics_.add_to(stats);
     return stats;
   }
   void resetAccumulatedStats(c10::DeviceIndex device) override {
     native_->resetAccumulatedStats(device);
-    if (serves(device)) statistics_.reset_accumulated(cuda_segments());
+    if (serves(device)) statistics_.reset_accumulated();
   }
   void resetPeakStats(c10::DeviceIndex device) override {
     native_->resetPeakStats(device);
     if (!serves(device)) return;
     if (const auto manager = this->manager()) manager->reset_peaks();
-    cuda_segments().reset_peak();
   }
   void emptyCache(c10::MempoolId_t id) override {
     pools_.empty_released();

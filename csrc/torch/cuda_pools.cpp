@@ -3,9 +3,11 @@
 #include <torch/csrc/cuda/CUDAPluggableAllocator.h>
 
 #include <algorithm>
+#include <exception>
 #include <utility>
 
 #include "core/address_table.h"
+#include "core/blocking.h"
 #include "core/error.h"
 #include "core/session.h"
 #include "torch/cuda_streams.h"
@@ -22,12 +24,10 @@ constexpr std::size_t kSmallSegment = 2 * MiB;
 constexpr std::size_t kLargeRequest = 10 * MiB;
 constexpr std::size_t kLargeSegment = 20 * MiB;
 
-}  // namespace
+// Pools that are allocated to at the moment, captures included.
+std::atomic<int> begun{0};
 
-Segments& cuda_segments() {
-  static Segments segments;
-  return segments;
-}
+}  // namespace
 
 void* take_segment(Context& context, std::size_t bytes) {
   void* pointer = nullptr;
@@ -36,24 +36,25 @@ void* take_segment(Context& context, std::size_t bytes) {
   } catch (const Error&) {
     return nullptr;  // a context that is no longer open provides nothing
   }
-  if (pointer == nullptr) return nullptr;
-  Segments& segments = cuda_segments();
-  const std::size_t size = context.block_bytes(pointer);
-  const std::size_t now = segments.bytes += size;
-  if (now > segments.peak_bytes) segments.peak_bytes = now;
-  segments.total_bytes += size;
-  ++segments.count;
-  ++segments.total_count;
+  if (pointer != nullptr) context.count_segment(pointer, /*taken=*/true);
   return pointer;
 }
 
 void give_back_segment(Context& context, void* pointer) {
-  Segments& segments = cuda_segments();
-  segments.bytes -= context.block_bytes(pointer);
-  --segments.count;
+  context.count_segment(pointer, /*taken=*/false);
+  auto& device = static_cast<CudaDevice&>(context.device());
+  try {
+    if (begun == 0) {
+      device.synchronize();
+      context.free(pointer);
+      return;
+    }
+  } catch (const Error&) {
+    // A capture that torch does not know of.
+  }
   std::vector<StreamId> streams = context.streams();
   streams.push_back(CudaDevice::kDefaultStream);
-  streams.push_back(current_cuda_stream(static_cast<CudaDevice&>(context.device()).ordinal()));
+  streams.push_back(current_cuda_stream(device.ordinal()));
   std::sort(streams.begin(), streams.end());
   streams.erase(std::unique(streams.begin(), streams.end()), streams.end());
   context.free_after(pointer, streams);
@@ -90,6 +91,11 @@ class CudaPools::Provider final : public Pluggable {
   std::string name() override { return "pygpukit_torch segments of " + context_->name(); }
 
   std::size_t count() const { return count_; }
+  // What native's cudaFree would do under its lock, ahead of it: graphs may still be replaying.
+  void finish_work() const {
+    const Blocking blocking;
+    static_cast<CudaDevice&>(context_->device()).synchronize();
+  }
   Context& provider() const {
     Context* current = current_context();
     return current != nullptr && current->thread_streams() == context_->thread_streams()
@@ -101,6 +107,10 @@ class CudaPools::Provider final : public Pluggable {
   std::shared_ptr<Context> context_;
   std::atomic<std::size_t> count_{0};
 };
+
+bool CudaPools::in_use() {
+  return begun.load(std::memory_order_relaxed) != 0;
+}
 
 const CudaPools::Begun* CudaPools::find(cudaStream_t stream) const {
   const Lock lock(mutex_);
@@ -143,14 +153,17 @@ void CudaPools::begin(c10::DeviceIndex device, c10::MempoolId_t id, Filter filte
   native_->beginAllocateToPool(device, id, filter);
   ++references_[id];
   captures_.push_back({id, std::move(filter)});
-  ++begun_;
+  ++begun;
 }
 
 void CudaPools::end(c10::DeviceIndex device, c10::MempoolId_t id) {
-  const Lock lock(mutex_);
-  native_->endAllocateToPool(device, id);
-  begun_ -= static_cast<int>(
-      std::erase_if(captures_, [&](const Begun& begun) { return begun.id == id; }));
+  {
+    const Lock lock(mutex_);
+    native_->endAllocateToPool(device, id);
+    begun -= static_cast<int>(
+        std::erase_if(captures_, [&](const Begun& entry) { return entry.id == id; }));
+  }
+  empty_released();
 }
 
 void CudaPools::create(c10::DeviceIndex device, c10::MempoolId_t id,
@@ -194,8 +207,9 @@ bool CudaPools::empty_released() {
   }
   std::erase_if(released, [this](const Released& pool) {
     try {
+      pool.provider->finish_work();
       native_->emptyCache(pool.id);
-    } catch (const c10::Error&) {
+    } catch (const std::exception&) {
       return false;  // a capture began meanwhile
     }
     // Live tensors keep segments; they are asked for again later.

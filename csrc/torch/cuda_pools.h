@@ -20,21 +20,10 @@
 
 namespace pgk {
 
-// Bytes and number of the segments that contexts provide at the moment, and over time.
-struct Segments {
-  std::atomic<std::size_t> bytes{0};
-  std::atomic<std::size_t> peak_bytes{0};
-  std::atomic<std::size_t> count{0};
-  std::atomic<std::size_t> total_bytes{0};
-  std::atomic<std::size_t> total_count{0};
-
-  void reset_peak() { peak_bytes = bytes.load(); }
-};
-Segments& cuda_segments();
-
 // Idle memory of the context that any stream may use. Null if it cannot be had without waiting.
 void* take_segment(Context& context, std::size_t bytes);
-// Work on any stream that is known of may still use it.
+// Work on any stream may still use it: waits for the device, as native's cudaFree does. During a
+// capture, when that is forbidden, the segment is kept back until all known streams have passed.
 void give_back_segment(Context& context, void* pointer);
 // What native asks for to serve a request of `bytes` from an empty pool.
 std::size_t segment_bytes_for(std::size_t bytes);
@@ -47,7 +36,7 @@ class CudaPools {
   explicit CudaPools(Native* native) : native_(native) {}
 
   // Whether some thread allocates to a pool, captures included.
-  bool in_use() const { return begun_.load(std::memory_order_relaxed) != 0; }
+  static bool in_use();
   // Whether native has to serve the calling thread's request on `stream` from a pool.
   bool takes(cudaStream_t stream) const { return in_use() && find(stream) != nullptr; }
   // The context that provides for that pool; null if none does.
@@ -88,7 +77,6 @@ class CudaPools {
   Native* native_;
   // Recursive: filters are torch's, and may allocate.
   mutable std::recursive_mutex mutex_;
-  std::atomic<int> begun_{0};
   std::vector<Begun> captures_;
   std::map<c10::MempoolId_t, int> references_;  // of every pool, as far as they were made here
   std::map<c10::MempoolId_t, Bound> bound_;

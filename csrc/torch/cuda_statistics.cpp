@@ -20,12 +20,12 @@ void CudaStatistics::watch(const std::shared_ptr<Manager>& manager) {
   at_reset_ = {};
 }
 
-CudaStatistics::Flows CudaStatistics::flows(const Totals& totals, const Segments& segments) {
+CudaStatistics::Flows CudaStatistics::flows(const Totals& totals) {
   const Context::Counters& counters = totals.counters;
-  const std::int64_t segments_in = number(segments.total_count);
-  const std::int64_t segments_out = segments_in - number(segments.count);
-  const std::int64_t bytes_in = number(segments.total_bytes);
-  const std::int64_t bytes_out = bytes_in - number(segments.bytes);
+  const std::int64_t segments_in = number(counters.segments_taken);
+  const std::int64_t segments_out = number(counters.segments_returned);
+  const std::int64_t bytes_in = number(counters.segment_bytes_taken);
+  const std::int64_t bytes_out = number(counters.segment_bytes_returned);
   const std::int64_t allocated = number(counters.allocated_bytes);
   const std::int64_t created = number(totals.created);
   return {
@@ -49,16 +49,16 @@ void CudaStatistics::add(StatArray& array, const Flow& now, const Flow& at_reset
   }
 }
 
-void CudaStatistics::add_to(c10::CachingDeviceAllocator::DeviceStats& stats,
-                            const Segments& segments) const {
+void CudaStatistics::add_to(c10::CachingDeviceAllocator::DeviceStats& stats) const {
   const std::lock_guard lock(mutex_);
   const auto manager = manager_.lock();
   if (!manager) return;
   const Totals totals = manager->totals();
-  const Flows now = flows(totals, segments);
+  const Flows now = flows(totals);
   const std::int64_t blocks = now.blocks.in - now.blocks.out;
-  const std::int64_t segments_peak = number(segments.peak_bytes);
-  const std::int64_t peak = number(totals.peak) - segments_peak;
+  // Segments are in both sums of peaks, at least as many as there were at the least.
+  const std::int64_t in_both = number(totals.least_segment_bytes);
+  const std::int64_t peak = number(totals.peak) - in_both;
   add(stats.allocation, now.blocks, at_reset_.blocks, blocks);
   add(stats.active, now.blocks, at_reset_.blocks, blocks);
   add(stats.segment, now.pages, at_reset_.pages, number(totals.pages));
@@ -68,15 +68,15 @@ void CudaStatistics::add_to(c10::CachingDeviceAllocator::DeviceStats& stats,
   active.out -= number(totals.fenced);
   add(stats.active_bytes, active, at_reset_.bytes, peak);
   add(stats.reserved_bytes, now.reserved, at_reset_.reserved,
-      number(totals.existing_peak) - segments_peak);
+      number(totals.existing_peak) - in_both);
   stats.num_ooms += now.refusals - at_reset_.refusals;
   stats.num_device_alloc += now.pages.in - at_reset_.pages.in;
   stats.num_device_free += now.pages.out - at_reset_.pages.out;
 }
 
-void CudaStatistics::reset_accumulated(const Segments& segments) {
+void CudaStatistics::reset_accumulated() {
   const std::lock_guard lock(mutex_);
-  if (const auto manager = manager_.lock()) at_reset_ = flows(manager->totals(), segments);
+  if (const auto manager = manager_.lock()) at_reset_ = flows(manager->totals());
 }
 
 }  // namespace pgk

@@ -8,7 +8,6 @@
 #include <mutex>
 
 #include "core/manager.h"
-#include "torch/cuda_pools.h"
 
 namespace pgk {
 
@@ -18,8 +17,8 @@ class CudaStatistics {
   // Adds the contexts' figures to native's, which hold the segments that contexts provide already.
   // Peaks are added up: exact as long as one of the parties works at a time, never below the peak
   // of the sum.
-  void add_to(c10::CachingDeviceAllocator::DeviceStats& stats, const Segments& segments) const;
-  void reset_accumulated(const Segments& segments);
+  void add_to(c10::CachingDeviceAllocator::DeviceStats& stats) const;
+  void reset_accumulated();
 
  private:
   // What came and went since the beginning; the difference is what there is.
@@ -34,7 +33,7 @@ class CudaStatistics {
     Flow pages;
     std::int64_t refusals = 0;
   };
-  static Flows flows(const Totals& totals, const Segments& segments);
+  static Flows flows(const Totals& totals);
   static void add(c10::CachingAllocator::StatArray& array, const Flow& now, const Flow& at_reset,
                   std::int64_t peak);
 

@@ -50,9 +50,12 @@ void set_callers_context(const std::shared_ptr<Context>& context) {
   at::impl::ThreadLocalPythonObjects::set(tls_key(), std::move(object));
 }
 
+bool in_backward() {
+  return torch::autograd::get_current_graph_task_id() != -1;
+}
+
 std::shared_ptr<Context> callers_context() {
   using Objects = at::impl::ThreadLocalPythonObjects;
-  if (torch::autograd::get_current_graph_task_id() == -1) return nullptr;
   if (!Objects::contains(tls_key())) return nullptr;
   const auto& object = Objects::get(tls_key());
   return object ? static_cast<CallersContext&>(*object).context : nullptr;
@@ -181,6 +184,8 @@ std::shared_ptr<Context> context_of_work(StreamId stream) {
   if (use.owned) {
     if (auto owner = if_open(use.context.lock())) return owner;
   }
+  // Torch hands its few pooled streams to everybody in turn, so elsewhere they tell nothing.
+  if (!in_backward()) return nullptr;
   if (auto caller = if_open(callers_context())) return caller;
   return if_open(use.context.lock());
 }

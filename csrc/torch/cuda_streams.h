@@ -18,8 +18,8 @@ ThreadStreams* cuda_streams(const std::shared_ptr<CudaDevice>& device);
 StreamId current_cuda_stream(int ordinal);
 
 // The context that work on `stream` belongs to in a thread without a session of its own: the one
-// that owns the stream; in a backward pass the one that backward was called in; the one that last
-// began to use the stream. Null if there is none.
+// that owns the stream; in a backward pass also the one that backward was called in, else the one
+// that last began to use the stream. Null if there is none.
 std::shared_ptr<Context> context_of_work(StreamId stream);
 
 // Work on `stream`, none of the context's own, began to use its memory.

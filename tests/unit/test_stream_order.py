@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from pygpukit_torch import DeviceError, native
+from pygpukit_torch import ContextDestroyedError, DeviceError, native
 from pygpukit_torch.native import Device, Tier
 
 MB = 1 << 20
@@ -295,3 +295,81 @@ def test_pages_go_from_one_zone_to_the_other(bench: Bench) -> None:
     context.free(segment)
     assert context.allocate(60 * MB)
     bench.manager.check_invariants()
+
+
+def test_a_side_stream_near_the_budget_gets_what_fits(bench: Bench) -> None:
+    """Free memory of the requesting stream beside the planned pages stays with it."""
+    context = bench.manager.create_context("tight", 20 * MB)
+    blocks = [context.allocate(2 * MB, bench.side) for _ in range(10)]
+    for index in (0, 2, 4, 5, 6, 8, 9):
+        context.free(blocks[index])
+    assert context.allocate(10 * MB, bench.side)
+    bench.manager.check_invariants()
+
+
+def test_a_destroyed_contexts_stream_holds_nothing_back(bench: Bench) -> None:
+    other = bench.manager.create_context("other", 8 * MB)
+    stream = other.stream
+    used_there = bench.context.allocate(30 * MB)
+    made_for_it = bench.context.allocate(30 * MB, stream)
+    bench.context.record_use(used_there, stream)
+    bench.manager.destroy_context(other)
+    bench.context.free(used_there)
+    bench.context.free(made_for_it)
+    assert bench.context.allocate(62 * MB)
+    bench.manager.check_invariants()
+
+
+def test_who_is_over_the_own_budget_does_not_wait_for_others(bench: Bench) -> None:
+    tight = bench.manager.create_context("tight", 8 * MB)
+    tight.allocate(8 * MB)
+    block = bench.context.allocate(50 * MB)
+    bench.device.hold(bench.context.stream)
+    bench.context.free(block)
+    assert bench.manager.create_context("other", 40 * MB).try_allocate(30 * MB, may_wait=False) == 0
+    assert bench.manager.totals().pages > 20  # retired, not gone
+    with pytest.raises(torch.OutOfMemoryError):
+        tight.allocate(2 * MB)
+    bench.device.let_go(bench.context.stream)
+
+
+def test_a_request_of_a_context_that_goes_meanwhile(bench: Bench) -> None:
+    context = bench.context
+    block = context.allocate(60 * MB)
+    bench.device.hold(bench.other)
+    context.free_after(block, [bench.other])
+    errors: list[BaseException] = []
+
+    def request() -> None:
+        try:
+            context.allocate(60 * MB)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = finishes_within(0.1, request)
+    bench.manager.destroy_context(context)
+    bench.device.let_go(bench.other)
+    thread.join(10)
+    assert [type(error) for error in errors] == [ContextDestroyedError]
+
+
+def test_peaks_of_contexts_that_are_gone_count_until_the_reset(bench: Bench) -> None:
+    for _ in range(3):
+        other = bench.manager.create_context("other", 20 * MB)
+        other.free(other.allocate(20 * MB))
+        bench.manager.destroy_context(other)
+    assert bench.manager.totals().peak == 20 * MB
+    bench.manager.reset_peaks()
+    assert bench.manager.totals().peak == 0
+
+
+def test_pages_that_lanes_share_come_free_together(bench: Bench) -> None:
+    context = bench.context
+    first = context.allocate(MB)
+    second = context.allocate(MB, bench.side)
+    context.free(first)
+    context.free(second)
+    context.free(context.allocate(60 * MB))  # takes the one's share of a page from the other
+    context.free(context.allocate(MB, bench.side))
+    bench.manager.destroy_context(context)
+    assert bench.manager.device_usage().contexts == []

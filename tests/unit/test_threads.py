@@ -1,8 +1,8 @@
 """Threads and pool work started in a session are in its context."""
 
+import multiprocessing
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -64,8 +64,6 @@ def test_a_thread_keeps_its_context_active_until_it_ends() -> None:
     with context_session(a):
         worker = threading.Thread(target=go.wait)
         worker.start()
-    while a.state == "idle":
-        time.sleep(0.001)
     with pytest.raises(ContextBusyError):
         a.destroy()
     go.set()
@@ -105,6 +103,36 @@ def test_pool_work_is_in_the_context_of_its_submitter_and_workers_are_not() -> N
         with context_session(b):
             assert pool.submit(name_here).result() == "b"
     assert a.state == b.state == "idle"
+
+
+def test_work_that_waits_in_a_queue_keeps_its_context() -> None:
+    a = create_context("a", 32 * MB)
+    go = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(go.wait)
+        with context_session(a):
+            queued = pool.submit(name_here)
+            cancelled = pool.submit(name_here)
+        with pytest.raises(ContextBusyError):
+            a.destroy()
+        assert cancelled.cancel()
+        go.set()
+        assert queued.result() == "a"
+    del cancelled
+    a.destroy()
+
+
+def square(x: int) -> int:
+    return x * x
+
+
+def test_the_threads_of_a_process_pool_are_not_in_it() -> None:
+    a = create_context("a", 32 * MB)
+    method = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=method) as pool:
+        with context_session(a):
+            assert pool.submit(square, 3).result() == 9
+        a.destroy()
 
 
 def test_errors_come_through_and_leave_the_session() -> None:
