@@ -15,7 +15,7 @@ NEW_TOKENS = 128
 
 def run(quick: bool) -> Report:
     """Measure. ``quick`` runs fewer repetitions."""
-    repetitions = 3 if quick else 15
+    repetitions = 3 if quick else 9
     pgk.initialize(device="cuda")
     context = pgk.create_context("llm", 8 * GB, qos=pgk.QoSPolicy.GUARANTEED)
     report = Report(

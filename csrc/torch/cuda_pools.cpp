@@ -157,13 +157,10 @@ void CudaPools::begin(c10::DeviceIndex device, c10::MempoolId_t id, Filter filte
 }
 
 void CudaPools::end(c10::DeviceIndex device, c10::MempoolId_t id) {
-  {
-    const Lock lock(mutex_);
-    native_->endAllocateToPool(device, id);
-    begun -= static_cast<int>(
-        std::erase_if(captures_, [&](const Begun& entry) { return entry.id == id; }));
-  }
-  empty_released();
+  const Lock lock(mutex_);
+  native_->endAllocateToPool(device, id);
+  begun -= static_cast<int>(
+      std::erase_if(captures_, [&](const Begun& entry) { return entry.id == id; }));
 }
 
 void CudaPools::create(c10::DeviceIndex device, c10::MempoolId_t id,
