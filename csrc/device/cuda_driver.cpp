@@ -10,6 +10,10 @@
 namespace pgk {
 namespace {
 
+// Of the driver API, for all functions: CUDA 13 gives cuCtxSynchronize another signature than the
+// one that its headers declare by that name. Nothing here has changed since 12.0.
+constexpr int kApiVersion = 12000;
+
 using GetProcAddress = CUresult (*)(const char*, void**, int, cuuint64_t,
                                     CUdriverProcAddressQueryResult*);
 
@@ -25,8 +29,7 @@ CudaDriver load() {
   CudaDriver driver;
   const auto look_up = [find](const char* name, auto& function) {
     void* address = nullptr;
-    // The version of the headers: it decides which of a function's signatures comes back.
-    if (find(name, &address, CUDA_VERSION, CU_GET_PROC_ADDRESS_DEFAULT, nullptr) != CUDA_SUCCESS ||
+    if (find(name, &address, kApiVersion, CU_GET_PROC_ADDRESS_DEFAULT, nullptr) != CUDA_SUCCESS ||
         address == nullptr) {
       missing(std::string(name) + " is not in it");
     }

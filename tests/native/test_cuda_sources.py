@@ -1,5 +1,6 @@
 """The CUDA sources compile against the oldest and the newest torch, also where there is no GPU."""
 
+import re
 import subprocess
 import sysconfig
 from importlib.metadata import files
@@ -15,14 +16,18 @@ SOURCES = sorted(CSRC.rglob("cuda_*.cpp"))
 HEADERS = sorted((ROOT / ".venv/torch-headers").glob("*"))
 
 
+def cuda_headers() -> Path:
+    (header,) = [file for file in files("nvidia-cuda-runtime") or [] if file.name == "cuda.h"]
+    return Path(str(header.locate())).parent
+
+
 @pytest.mark.parametrize("headers", HEADERS, ids=lambda path: path.name)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_compiles(source: Path, headers: Path) -> None:
-    (header,) = [file for file in files("nvidia-cuda-runtime") or [] if file.name == "cuda.h"]
     system = [
         str(headers),
         str(headers / "torch/csrc/api/include"),
-        str(Path(str(header.locate())).parent),
+        str(cuda_headers()),
         sysconfig.get_paths()["include"],
     ]
     flags = ["-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
@@ -36,3 +41,23 @@ def test_nothing_is_left_out() -> None:
     ours = tuple(map(int, torch.__version__.split("+")[0].split(".")))
     assert len(versions) >= 2
     assert min(versions) < ours < max(versions) or ours in versions
+
+
+def test_the_driver_is_asked_for_the_functions_that_the_headers_declare(tmp_path: Path) -> None:
+    """A name can have another signature in a newer driver API, which cuGetProcAddress returns."""
+    loader = (CSRC / "device/cuda_driver.cpp").read_text()
+    (version,) = re.findall(r"kApiVersion = (\d+);", loader)
+    names = re.findall(r"X\((cu\w+)\)", (CSRC / "device/cuda_driver.h").read_text())
+    typedefs = (cuda_headers() / "cudaTypedefs.h").read_text()
+    checks = []
+    for name in names:
+        known = {int(number) for number in re.findall(rf"PFN_{name}_v(\d+)\)", typedefs)}
+        returned = max(number for number in known if number <= int(version))
+        checks.append(
+            f"static_assert(std::is_same_v<decltype(&::{name}), PFN_{name}_v{returned}>);"
+        )
+    assert len(checks) > 25
+    unit = tmp_path / "signatures.cpp"
+    unit.write_text("#include <cudaTypedefs.h>\n#include <type_traits>\n" + "\n".join(checks))
+    flags = ["-std=c++20", "-fsyntax-only", "-isystem", str(cuda_headers())]
+    subprocess.run(["g++", *flags, str(unit)], check=True)
