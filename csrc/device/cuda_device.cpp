@@ -214,7 +214,8 @@ void CudaDevice::copy_between(Address destination, int destination_ordinal, Addr
   const CUresult result =
       driver_.cuMemcpyPeerAsync_fn(destination, context_of(destination_ordinal), source,
                                    context_of(source_ordinal), bytes, handle);
-  driver_.cuCtxPopCurrent_fn(nullptr);
+  CUcontext popped = nullptr;
+  driver_.cuCtxPopCurrent_fn(&popped);
   driver_.cuDevicePrimaryCtxRelease_fn(other);
   driver_.check(result, "copy", bytes);
 }
