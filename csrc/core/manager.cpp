@@ -127,20 +127,23 @@ auto Manager::on_behalf_of(const std::string& name, Step step) {
 }
 
 std::shared_ptr<Context> Manager::create_context(const ContextSpec& spec) {
-  until_settled([&]() -> std::optional<EventId> {
+  const auto require_possible = [&] {
     require_usable();
+    if (spec.name.empty()) throw Error(ErrorCode::invalid_value, "a context needs a name");
+    for (const auto& context : contexts_) {
+      if (context->name() == spec.name) {
+        throw Error(ErrorCode::invalid_value, "a context named '" + spec.name + "' exists already");
+      }
+    }
+    validate(spec);
+  };
+  until_settled([&]() -> std::optional<EventId> {
+    require_possible();
     reclaim(spec.base, nullptr);
     return ledger_.uncommitted() < spec.base ? first_retired() : std::nullopt;
   });
   const std::lock_guard lock(mutex_);
-  require_usable();
-  if (spec.name.empty()) throw Error(ErrorCode::invalid_value, "a context needs a name");
-  for (const auto& context : contexts_) {
-    if (context->name() == spec.name) {
-      throw Error(ErrorCode::invalid_value, "a context named '" + spec.name + "' exists already");
-    }
-  }
-  validate(spec);
+  require_possible();  // again: others may have come in between
   device_said_.clear();
   collect_orphans();
 

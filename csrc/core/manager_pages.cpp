@@ -156,9 +156,8 @@ void Manager::give_up_pages(Context& context, std::size_t count, Arena::Lane req
                             std::optional<Arena::PageRun> beside) {
   // Per lane: 0 if its stream is past all that it was given, an event if not, nothing if it
   // cannot be asked. One event serves all pages of a lane, since they are all free already.
-  std::map<Arena::Lane, std::optional<EventId>> passed;
-  const auto look = [&](Arena::Lane lane) -> std::optional<EventId> {
-    const StreamId stream = context.lanes_[lane];
+  std::map<Arena::Lane, std::optional<EventId>> known;
+  const auto ask = [&](StreamId stream) -> std::optional<EventId> {
     try {
       if (stream == kNoStream) return 0;
       if (device_->is_capturing(stream)) return std::nullopt;
@@ -169,30 +168,34 @@ void Manager::give_up_pages(Context& context, std::size_t count, Arena::Lane req
       return std::nullopt;
     }
   };
+  const auto passed = [&](Arena::Lane lane) {
+    const auto [entry, is_new] = known.try_emplace(lane);
+    if (is_new) entry->second = ask(context.lanes_[lane]);
+    return entry->second;
+  };
   // Pages that lanes share are free only once the free parts are in one lane.
   const Arena::Lane target = context.arena_.is_upper(requester) ? 0 : requester;
   for (std::size_t lane = 0; lane < context.lanes_.size(); ++lane) {
     const auto source = static_cast<Arena::Lane>(lane);
     if (source == target || context.arena_.is_upper(source)) continue;
-    if (context.arena_.has_free(source) && look(source) == 0) {
+    if (context.arena_.has_free(source) && passed(source) == 0) {
       context.arena_.adopt(source, target);
     }
   }
   std::size_t given = 0;
   for (Arena::FreeRun run : context.arena_.free_runs(beside)) {
     if (given >= count) break;
-    const auto [entry, is_new] = passed.try_emplace(run.lane);
-    if (is_new) entry->second = look(run.lane);
-    if (!entry->second) continue;
+    const std::optional<EventId> event = passed(run.lane);
+    if (!event) continue;
     const auto wanted =
         static_cast<std::uint32_t>(std::min<std::size_t>(run.pages.count, count - given));
     run.pages = {run.pages.first + run.pages.count - wanted, wanted};
     context.arena_.retire(run);
     given += wanted;
-    if (*entry->second == 0) {
+    if (*event == 0) {
       unmap_retired(context, run.pages);
     } else {
-      context.retired_.push_back({run.pages, *entry->second});
+      context.retired_.push_back({run.pages, *event});
     }
   }
 }

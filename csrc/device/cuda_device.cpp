@@ -209,13 +209,14 @@ void CudaDevice::copy_between(Address destination, int destination_ordinal, Addr
   CUcontext context = nullptr;
   driver_.check(driver_.cuDevicePrimaryCtxRetain_fn(&context, other), "cuDevicePrimaryCtxRetain");
   const auto context_of = [&](int ordinal) { return ordinal == ordinal_ ? context_ : context; };
-  // Torch copies on a stream of the source's device, whose null stream has no name elsewhere.
-  driver_.check(driver_.cuCtxPushCurrent_fn(context_of(source_ordinal)), "cuCtxPushCurrent");
-  const CUresult result =
-      driver_.cuMemcpyPeerAsync_fn(destination, context_of(destination_ordinal), source,
-                                   context_of(source_ordinal), bytes, handle);
-  CUcontext popped = nullptr;
-  driver_.cuCtxPopCurrent_fn(&popped);
+  // The null stream of the source's device has no name in another context.
+  CUresult result = driver_.cuCtxPushCurrent_fn(context_of(source_ordinal));
+  if (result == CUDA_SUCCESS) {
+    result = driver_.cuMemcpyPeerAsync_fn(destination, context_of(destination_ordinal), source,
+                                          context_of(source_ordinal), bytes, handle);
+    CUcontext popped = nullptr;
+    driver_.cuCtxPopCurrent_fn(&popped);
+  }
   driver_.cuDevicePrimaryCtxRelease_fn(other);
   driver_.check(result, "copy", bytes);
 }

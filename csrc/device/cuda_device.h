@@ -46,8 +46,8 @@ class CudaDevice final : public Device {
     CUcontext current = nullptr;
     return driver_.cuCtxGetCurrent_fn(&current) == CUDA_SUCCESS && current == context_;
   }
-  // Between this device and another one, in either direction, on a stream of this one. Needs no
-  // peer access, which mapped memory does not have.
+  // Between this device and another one, in either direction, on a stream of the source's device.
+  // Needs no peer access, which mapped memory does not have.
   void copy_between(Address destination, int destination_ordinal, Address source,
                     int source_ordinal, std::size_t bytes, StreamId stream);
 

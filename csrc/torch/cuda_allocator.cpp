@@ -260,7 +260,7 @@ class CudaAllocator final : public CudaForwarder {
       context = kept.get();
     }
     if (context == nullptr || !serves(*context, device)) return nullptr;
-    if (pools_.in_use() && pools_.takes(handle_of(stream))) [[unlikely]]
+    if (pools_.takes(handle_of(stream))) [[unlikely]]
       return nullptr;
     if (stream != context->stream()) [[unlikely]]
       note_use(stream, context->shared_from_this());

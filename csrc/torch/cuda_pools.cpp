@@ -24,9 +24,6 @@ constexpr std::size_t kSmallSegment = 2 * MiB;
 constexpr std::size_t kLargeRequest = 10 * MiB;
 constexpr std::size_t kLargeSegment = 20 * MiB;
 
-// Pools that are allocated to at the moment, captures included.
-std::atomic<int> begun{0};
-
 }  // namespace
 
 void* take_segment(Context& context, std::size_t bytes) {
@@ -44,7 +41,7 @@ void give_back_segment(Context& context, void* pointer) {
   context.count_segment(pointer, /*taken=*/false);
   auto& device = static_cast<CudaDevice&>(context.device());
   try {
-    if (begun == 0) {
+    if (!CudaPools::in_use()) {
       device.synchronize();
       context.free(pointer);
       return;
@@ -108,10 +105,6 @@ class CudaPools::Provider final : public Pluggable {
   std::atomic<std::size_t> count_{0};
 };
 
-bool CudaPools::in_use() {
-  return begun.load(std::memory_order_relaxed) != 0;
-}
-
 const CudaPools::Begun* CudaPools::find(cudaStream_t stream) const {
   const Lock lock(mutex_);
   // Native asks the latest first, too.
@@ -153,27 +146,27 @@ void CudaPools::begin(c10::DeviceIndex device, c10::MempoolId_t id, Filter filte
   native_->beginAllocateToPool(device, id, filter);
   ++references_[id];
   captures_.push_back({id, std::move(filter)});
-  ++begun;
+  ++begun_;
 }
 
 void CudaPools::end(c10::DeviceIndex device, c10::MempoolId_t id) {
   const Lock lock(mutex_);
   native_->endAllocateToPool(device, id);
-  begun -= static_cast<int>(
+  begun_ -= static_cast<int>(
       std::erase_if(captures_, [&](const Begun& entry) { return entry.id == id; }));
 }
 
 void CudaPools::create(c10::DeviceIndex device, c10::MempoolId_t id,
                        std::shared_ptr<Native> allocator, const std::shared_ptr<Context>& context) {
   const Lock lock(mutex_);
-  ++references_[id];
   if (context && !allocator && !bound_.contains(id) && use_count(device, id) == 0) {
     const auto provider = std::make_shared<Provider>(context);
     native_->createOrIncrefPool(device, id, provider);
     bound_[id] = {provider, false};
-    return;
+  } else {
+    native_->createOrIncrefPool(device, id, std::move(allocator));
   }
-  native_->createOrIncrefPool(device, id, std::move(allocator));
+  ++references_[id];
 }
 
 void CudaPools::release(c10::DeviceIndex device, c10::MempoolId_t id) {

@@ -4,7 +4,8 @@
 // gives them back when the last graph is gone.
 //
 // Native calls a pool's provider under its own lock. So nothing here calls native with a lock of a
-// context or a manager held, and providers neither wait nor take the GIL.
+// context or a manager held, and providers never take the GIL. Taking a segment does not wait;
+// giving one back waits for the device, as native's own cudaFree does there.
 #pragma once
 
 #include <c10/cuda/CUDACachingAllocator.h>
@@ -36,7 +37,7 @@ class CudaPools {
   explicit CudaPools(Native* native) : native_(native) {}
 
   // Whether some thread allocates to a pool, captures included.
-  static bool in_use();
+  static bool in_use() { return begun_.load(std::memory_order_relaxed) != 0; }
   // Whether native has to serve the calling thread's request on `stream` from a pool.
   bool takes(cudaStream_t stream) const { return in_use() && find(stream) != nullptr; }
   // The context that provides for that pool; null if none does.
@@ -73,6 +74,8 @@ class CudaPools {
 
   const Begun* find(cudaStream_t stream) const;
   int use_count(c10::DeviceIndex device, c10::MempoolId_t id) const;
+
+  static inline std::atomic<int> begun_{0};
 
   Native* native_;
   // Recursive: filters are torch's, and may allocate.

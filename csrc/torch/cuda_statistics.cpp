@@ -33,6 +33,8 @@ CudaStatistics::Flows CudaStatistics::flows(const Totals& totals) {
       .bytes = {allocated - bytes_in, allocated - number(totals.used) - bytes_out},
       .reserved = {created - bytes_in, created - number(totals.existing) - bytes_out},
       .pages = {number(counters.pages_mapped), number(counters.pages_unmapped)},
+      .segments = {number(counters.pages_mapped) - segments_in,
+                   number(counters.pages_unmapped) - segments_out},
       .refusals = number(counters.refusals),
   };
 }
@@ -61,7 +63,7 @@ void CudaStatistics::add_to(c10::CachingDeviceAllocator::DeviceStats& stats) con
   const std::int64_t peak = number(totals.peak) - in_both;
   add(stats.allocation, now.blocks, at_reset_.blocks, blocks);
   add(stats.active, now.blocks, at_reset_.blocks, blocks);
-  add(stats.segment, now.pages, at_reset_.pages, number(totals.pages));
+  add(stats.segment, now.segments, at_reset_.segments, now.segments.in - now.segments.out);
   add(stats.allocated_bytes, now.bytes, at_reset_.bytes, peak);
   add(stats.requested_bytes, now.bytes, at_reset_.bytes, peak);
   Flow active = now.bytes;

@@ -31,6 +31,7 @@ class CudaStatistics {
     Flow bytes;
     Flow reserved;  // bytes
     Flow pages;
+    Flow segments;  // pages, which stand for the segments that native lists as well
     std::int64_t refusals = 0;
   };
   static Flows flows(const Totals& totals);

@@ -24,7 +24,7 @@ StreamId id_of(const CUDAStream& stream) {
   // Torch's id of a stream that it did not make is the handle: the common case needs no call.
   const Context* context = current_context();
   const auto id = static_cast<StreamId>(stream.id());
-  if (context != nullptr && context->stream() == id) [[likely]]
+  if (context != nullptr && context->thread_streams() != nullptr && context->stream() == id)
     return id;
   return CudaDevice::id_of(stream.stream());
 }
@@ -61,8 +61,7 @@ std::shared_ptr<Context> callers_context() {
   return object ? static_cast<CallersContext&>(*object).context : nullptr;
 }
 
-// Streams
-// ------------------------------------------------------------------------------------------
+// Streams -----------------------------------------------------------------------------------------
 
 struct Use {
   std::weak_ptr<Context> context;
@@ -121,8 +120,7 @@ std::shared_ptr<Context> if_open(std::shared_ptr<Context> context) {
   return context && context->is_open() ? context : nullptr;
 }
 
-// Sessions
-// -----------------------------------------------------------------------------------------
+// Sessions ----------------------------------------------------------------------------------------
 
 class CudaStreams final : public ThreadStreams {
  public:
@@ -153,8 +151,8 @@ class CudaStreams final : public ThreadStreams {
 
   void finish(const Context& context) override {
     const StreamId stream = context.stream();
-    if (stream == kNoStream)
-      return;  // a session may outlive a context that it does not keep active
+    // A session may outlive a context that it does not keep active.
+    if (stream == kNoStream) return;
     if (device_->is_capturing(stream) || device_->is_idle(stream)) return;
     const Blocking blocking;
     device_->synchronize_stream(stream);
