@@ -219,11 +219,25 @@ void Manager::resize_context(Context& context, std::size_t max, std::size_t base
     const std::size_t pages = context.arena_.resident_pages();
     return pages > target ? pages - target : 0;
   };
+  const auto require_fit = [&] {
+    if (beyond_target() == 0) return;
+    const std::string refused =
+        "context '" + context.name() + "' cannot be resized to " + format_bytes(max) + ": ";
+    const std::string held = format_bytes(context.arena_.resident_pages() * page);
+    if (!device_said_.empty()) {
+      throw Error(ErrorCode::device, refused + "not enough of its pages of " + held +
+                                         " could be given back; the device said: " + device_said_);
+    }
+    throw Error(ErrorCode::invalid_value, refused + "its live tensors use " +
+                                              format_bytes(context.arena_.used_bytes()) +
+                                              " in pages of " + held);
+  };
   until_settled([&]() -> std::optional<EventId> {
     std::size_t missing = 0;
     {
       const ContextLock context_lock(context.mutex_);
       require_live(context);
+      device_said_.clear();
       validate({context.name(), max, base, context.tier()});
       if (max < page) {
         throw Error(ErrorCode::invalid_value,
@@ -233,6 +247,7 @@ void Manager::resize_context(Context& context, std::size_t max, std::size_t base
       const std::size_t retired = context.retired_bytes() / page;
       if (beyond_target() > retired) give_up_pages(context, beyond_target() - retired);
       if (beyond_target() > 0 && !context.retired_.empty()) return context.retired_.front().event;
+      require_fit();
       const std::size_t committed = ledger_.account(context.id()).committed();
       missing = base > committed ? base - committed : 0;
     }
@@ -244,13 +259,7 @@ void Manager::resize_context(Context& context, std::size_t max, std::size_t base
   const ContextLock context_lock(context.mutex_);
   require_live(context);
   device_said_.clear();
-  const std::size_t held = context.arena_.resident_pages() * page;
-  if (held > max) {
-    throw Error(ErrorCode::invalid_value, "context '" + context.name() + "' cannot be resized to " +
-                                              format_bytes(max) + ": its live tensors use " +
-                                              format_bytes(context.arena_.used_bytes()) +
-                                              " in pages of " + format_bytes(held));
-  }
+  require_fit();  // again: others may have allocated in between
   const Ledger::Account before = ledger_.account(context.id());
   on_behalf_of(context.name(), [&] { ledger_.resize(context.id(), max, base); });
   ScopeExit undo([&] { ledger_.resize(context.id(), before.max, before.base); });

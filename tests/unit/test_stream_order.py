@@ -373,3 +373,13 @@ def test_pages_that_lanes_share_come_free_together(bench: Bench) -> None:
     context.free(context.allocate(MB, bench.side))
     bench.manager.destroy_context(context)
     assert bench.manager.device_usage().contexts == []
+
+
+def test_a_device_that_fails_while_a_context_shrinks_is_named(bench: Bench) -> None:
+    context = bench.context
+    context.free(context.allocate(60 * MB))
+    bench.device.inject_fault(1, Device.Call.unmap)
+    with pytest.raises(DeviceError, match=r"resized to 10.00 MiB: .* unmap .* injected fault"):
+        bench.manager.resize_context(context, 10 * MB, 0)
+    bench.manager.check_invariants()
+    bench.manager.resize_context(context, 10 * MB, 0)
