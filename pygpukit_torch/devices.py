@@ -58,7 +58,7 @@ class _Host(Backend):
     def __init__(self, settings: Settings) -> None:
         assert settings.total_vram is not None
         self.device = native.HostDevice(settings.total_vram)
-        self.manager = native.Manager(self.device)
+        self.manager = native.Manager(self.device, native.host_streams())
         self.settings = _completed(settings, self.device)
 
     def install(self) -> None:

@@ -4,8 +4,13 @@ Used by the package and its tests; what is public of it is listed in the documen
 raise ValueError, other failures the classes of :mod:`pygpukit_torch.errors`.
 """
 
+import contextvars
 import enum
-from typing import Any
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+R = TypeVar("R")
 
 class Handle:
     """Physical memory of a device, mapped or not."""
@@ -34,6 +39,7 @@ class Device:
         record = ...
         wait = ...
         synchronize = ...
+        notify = ...
 
     @property
     def name(self) -> str: ...
@@ -54,6 +60,7 @@ class Device:
     def wait(self, stream: int, event: int) -> None: ...
     def synchronize_stream(self, stream: int) -> None: ...
     def synchronize_event(self, event: int) -> None: ...
+    def notify(self, event: int, alarm: Alarm) -> None: ...
     def is_done(self, event: int) -> bool: ...
     def is_idle(self, stream: int) -> bool: ...
     def is_capturing(self, stream: int) -> bool: ...
@@ -79,6 +86,9 @@ class CudaDevice(Device):
     """
 
     DEFAULT_STREAM: int
+    def notify_of_handle(self, event: int, alarm: Alarm) -> None:
+        """Do as notify() for an event of somebody else's, given by its driver handle."""
+
     def __init__(self, ordinal: int = 0, capacity: int = 0) -> None: ...
     @property
     def ordinal(self) -> int: ...
@@ -250,21 +260,88 @@ class Context:
     def counters(self) -> Counters: ...
 
 class Session:
-    """Makes a context the calling thread's."""
+    """Makes a context the calling thread's.
+
+    In a running event loop, ``with`` is up to subclasses: their ``_enter_in_task`` is called, and
+    their ``_exit_in_task``, also wherever the thread has not entered the session itself.
+    """
 
     def __init__(
         self, context: Context, ordered: bool = True, keeps_active: bool = True
     ) -> None: ...
     def enter(self) -> None: ...
     def exit(self) -> None: ...
+    def begin(self) -> None:
+        """Do what entering does on the device, and refuse what it refuses."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether leaving would have to wait."""
+
+    def finish(self) -> None:
+        """Wait as leaving does."""
+
+    def follow(self) -> None:
+        """Let the thread's later work wait instead, on the device where it can."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
 
 class Hold:
     """Keeps a context active as long as it lives."""
 
     def __init__(self, context: Context) -> None: ...
 
+class TaskEntry:
+    """That a task is in a context; keeps it active until it is closed or forgotten."""
+
+    def __init__(self, context: Context, owner: int = 0) -> None: ...
+    def close(self) -> bool: ...
+    @property
+    def is_open(self) -> bool:
+        """False also in other threads than the one that made it, and in a forked child."""
+
+    @property
+    def owner(self) -> int: ...
+    @property
+    def context(self) -> Context: ...
+
+sessions: contextvars.ContextVar[tuple[TaskEntry, ...]]
+
+def run_step(callback: Callable[..., R], /, *args: Any) -> R:
+    """Call it in the innermost of ``sessions``; a step of a task."""
+
+def run_step_of(
+    context: contextvars.Context, callback: Callable[..., R], /, *args: Any, **kwargs: Any
+) -> R:
+    """Call it in the innermost of the ``sessions`` in ``context``, as a step of its task."""
+
+def scheduler(own: Callable[..., R], position: int) -> Callable[..., R]:
+    """Wrap a method that schedules the callback at ``position``: those in a session as a step."""
+
+def step_number() -> int:
+    """Return the number of the task's step that runs; 0 if its loop does not run it as one."""
+
+def follow_task() -> None:
+    """Have the present step go on in what is the innermost of ``sessions`` by now."""
+
+class Alarm:
+    """A file that becomes readable when it is rung."""
+
+    def fileno(self) -> int: ...
+    def ring(self) -> None: ...
+
 class ThreadStreams:
     """What sessions switch."""
+
+def host_streams() -> ThreadStreams: ...
+def current_host_stream() -> int:
+    """Return the calling thread's stream on the host device, 0 outside of sessions."""
 
 class Manager:
     """A device and the contexts on it."""

@@ -7,6 +7,7 @@ that would go on to read the data.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -129,3 +130,27 @@ def _context_stream(stream: torch.cpu.Stream | None) -> ContextStream:
     if not isinstance(stream, ContextStream):
         raise TypeError(f"expected the stream of a context, got {type(stream).__name__}")
     return stream
+
+
+def completion_of(
+    target: object, device: native.Device
+) -> tuple[Callable[[], bool], Callable[[native.Alarm], None]]:
+    """Return two functions: whether the present work of a stream, or an event, is done; and to
+    have an alarm rung once it is.
+
+    Raises:
+        TypeError: ``target`` is neither a stream nor an event.
+    """
+    if isinstance(target, ContextEvent):
+        target._check_process()
+        event = target.id
+    elif isinstance(target, ContextStream):
+        event = target.record_event().id
+    elif isinstance(target, torch.cuda.Stream) and not isinstance(device, native.HostDevice):
+        event = device.record(target.cuda_stream or native.CudaDevice.DEFAULT_STREAM)
+    elif isinstance(target, torch.cuda.Event) and not isinstance(device, native.HostDevice):
+        assert isinstance(device, native.CudaDevice)
+        return target.query, partial(device.notify_of_handle, target.cuda_event)
+    else:
+        raise TypeError(f"expected a stream or an event, got {type(target).__name__}")
+    return partial(device.is_done, event), partial(device.notify, event)

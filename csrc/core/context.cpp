@@ -26,7 +26,8 @@ Context::Counters& Context::Counters::operator+=(const Counters& other) {
 Context::Context(const std::shared_ptr<Manager>& manager, ContextSpec spec, Ledger::Id account,
                  std::size_t page_bytes, std::uint32_t page_count, std::uint32_t segment_pages,
                  Address address, StreamId stream)
-    : arena_(page_bytes, page_count, page_count - segment_pages),
+    : is_on_host_(manager->device()->properties().is_host),
+      arena_(page_bytes, page_count, page_count - segment_pages),
       address_(address),
       lanes_{stream},
       spec_(std::move(spec)),
@@ -231,14 +232,19 @@ void Context::count_segment(const void* pointer, bool taken) {
 }
 
 void Context::begin_session(bool keeps_active) {
-  const std::lock_guard lock(mutex_);
-  require_open();
-  if (keeps_active) ++sessions_;
+  std::uint32_t sessions = sessions_.load(std::memory_order_acquire);
+  do {
+    if ((sessions & kClosed) != 0) {
+      const std::lock_guard lock(mutex_);
+      require_open();
+    }
+  } while (keeps_active &&
+           !sessions_.compare_exchange_weak(sessions, sessions + 1, std::memory_order_acq_rel));
 }
 
-void Context::end_session() {
-  const std::lock_guard lock(mutex_);
-  --sessions_;
+bool Context::close() {
+  std::uint32_t none = 0;
+  return sessions_.compare_exchange_strong(none, kClosed, std::memory_order_acq_rel);
 }
 
 std::size_t Context::used_bytes() const {
@@ -251,19 +257,9 @@ std::size_t Context::resident_bytes() const {
   return arena_.resident_pages() * arena_.page_bytes();
 }
 
-bool Context::is_open() const {
-  const std::lock_guard lock(mutex_);
-  return state_ == State::open;
-}
-
 bool Context::is_destroyed() const {
   const std::lock_guard lock(mutex_);
   return state_ == State::orphan;
-}
-
-std::uint32_t Context::sessions() const {
-  const std::lock_guard lock(mutex_);
-  return sessions_;
 }
 
 Context::Counters Context::counters() const {

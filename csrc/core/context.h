@@ -92,9 +92,9 @@ class Context : public std::enable_shared_from_this<Context> {
   std::size_t block_bytes(const void* pointer) const;
 
   // A context with open sessions that keep it active cannot be destroyed; end_session() is for
-  // those. Throws ErrorCode::context_destroyed or ErrorCode::forked.
+  // those. Neither waits for a context that grows. Throws ErrorCode::context_destroyed or ::forked.
   void begin_session(bool keeps_active);
-  void end_session();
+  void end_session() { sessions_.fetch_sub(1, std::memory_order_acq_rel); }
 
   const std::string& name() const { return spec_.name; }
   Tier tier() const { return spec_.tier; }
@@ -104,13 +104,15 @@ class Context : public std::enable_shared_from_this<Context> {
   // Those that memory was handed out for.
   std::vector<StreamId> streams() const;
   Device& device() const { return *device_; }
+  // Whether its memory is that of CPU tensors.
+  bool is_on_host() const { return is_on_host_; }
   ThreadStreams* thread_streams() const { return thread_streams_; }
   std::size_t page_bytes() const { return arena_.page_bytes(); }
   std::size_t used_bytes() const;
   std::size_t resident_bytes() const;
-  bool is_open() const;
+  bool is_open() const { return (sessions_.load(std::memory_order_acquire) & kClosed) == 0; }
   bool is_destroyed() const;
-  std::uint32_t sessions() const;
+  std::uint32_t sessions() const { return sessions_.load(std::memory_order_acquire) & ~kClosed; }
   Counters counters() const;
   void reset_peak();
   // Throws ErrorCode::context_destroyed if it is gone.
@@ -146,6 +148,8 @@ class Context : public std::enable_shared_from_this<Context> {
                : Arena::kNone;
   }
   void require_open() const;
+  // Lets no session in from now on. False if there are open ones.
+  bool close();
   std::optional<Arena::Lane> find_lane(StreamId stream) const;
   Arena::Lane lane_for(StreamId stream);
   void release(std::uint32_t start, std::span<const StreamId> streams);
@@ -159,6 +163,11 @@ class Context : public std::enable_shared_from_this<Context> {
     return reinterpret_cast<void*>(address_ + start * kGranule);
   }
 
+  // How many are open, and whether another may be.
+  static constexpr std::uint32_t kClosed = std::uint32_t{1} << 31;
+  std::atomic<std::uint32_t> sessions_{0};
+  const bool is_on_host_;
+
   mutable SpinLock mutex_;
   Arena arena_;
   Address address_;
@@ -167,7 +176,6 @@ class Context : public std::enable_shared_from_this<Context> {
   std::vector<StreamId> lanes_;                          // the stream of each lane of the arena
   std::map<std::uint32_t, std::vector<StreamId>> uses_;  // of live blocks, as recorded
   std::vector<Fence> fences_;
-  std::uint32_t sessions_ = 0;
   std::size_t least_segment_bytes_ = 0;  // since the peak was reset
   // Below: only with the manager's lock, except for what never changes.
   ContextSpec spec_;

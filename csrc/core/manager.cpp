@@ -195,9 +195,9 @@ void Manager::destroy_context(Context& context) {
   {
     const ContextLock context_lock(context.mutex_);
     require_live(context);
-    if (context.sessions_ > 0) {
+    if (!context.close()) {
       throw Error(ErrorCode::busy, "context '" + context.name() + "' has " +
-                                       std::to_string(context.sessions_) +
+                                       std::to_string(context.sessions()) +
                                        " open session(s) and cannot be destroyed");
     }
     context.state_ = Context::State::orphan;
@@ -379,6 +379,7 @@ void Manager::detach_in_child() {
   forked_ = true;
   for (Context* context : all()) {
     context->state_ = Context::State::forked;
+    context->sessions_.fetch_or(Context::kClosed);
     for (const auto& [page, handle] : context->handles_) {
       device_->privatise_in_child(context->address_of(page), handle);
     }

@@ -48,7 +48,7 @@ Usage Manager::usage_of(const Context& context, std::size_t protected_bytes,
   usage.peak = context.arena_.peak_bytes();
   usage.available = reachable > usage.used ? reachable - usage.used : 0;
   usage.live_blocks = context.arena_.live_blocks();
-  usage.sessions = context.sessions_;
+  usage.sessions = context.sessions();
   return usage;
 }
 

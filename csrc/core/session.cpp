@@ -5,8 +5,10 @@
 #include <mutex>
 #include <unordered_set>
 #include <utility>
+#include <vector>
 
 #include "core/error.h"
+#include "core/spin_lock.h"
 
 namespace pgk {
 
@@ -18,18 +20,20 @@ thread_local constinit std::atomic<bool> stream_is_stale{false};
 namespace {
 
 struct Entry {
-  std::uint64_t session = 0;
-  std::shared_ptr<Context> context;
-  bool keeps_active = true;
-  ThreadStreams::Saved before = 0;  // the thread's stream, for contexts that switch it
+  std::uint64_t session = 0;         // 0: a step's
+  std::shared_ptr<Context> context;  // null: a step that stays in what the thread is in
+  bool keeps_active = false;
+  std::uint64_t step = 0;
+  const void* task = nullptr;
+  ThreadStreams* streams = nullptr;  // null if it switched none
+  ThreadStreams::Saved before = 0;   // the thread's stream, if it did
 
-  void begin() const { context->begin_session(keeps_active); }
   void end() const {
     if (keeps_active) context->end_session();
   }
 };
 
-// How a thread gets back the stream that it had before it entered a session.
+// How a thread gets back the stream that it had before an entry.
 struct WayBack {
   ThreadStreams* streams = nullptr;
   ThreadStreams::Saved saved = 0;
@@ -42,13 +46,11 @@ struct WayBack {
 
 struct ThreadEntries;
 
-// One lock for all stacks: sessions are entered a few thousand times a second at most, and only
-// the owner of a stack waits for nobody else in practice.
 struct Registry {
-  std::mutex mutex;
+  std::mutex mutex;  // before a thread's own
   std::unordered_set<ThreadEntries*> threads;
-  std::uint64_t next_session = 1;
-  std::uint64_t forks = 0;
+  std::atomic<std::uint64_t> next_session{1};
+  std::atomic<std::uint64_t> forks{0};
 };
 
 // Never destroyed: threads may end after static destructors have run.
@@ -57,9 +59,16 @@ Registry& registry() {
   return *instance;
 }
 
+std::uint64_t this_process() {
+  return registry().forks.load(std::memory_order_relaxed);
+}
+
+// Only its own thread adds entries; others may take some back.
 struct ThreadEntries {
+  SpinLock mutex;
   std::vector<Entry> stack;
   WayBack stale;  // where stream_is_stale
+  std::uint64_t steps = 0;
   std::atomic<Context*>* current = &detail::current_context;
   std::atomic<bool>* stream_is_stale = &detail::stream_is_stale;
 
@@ -69,42 +78,55 @@ struct ThreadEntries {
   }
   // A thread that ends inside sessions leaves them.
   ~ThreadEntries() {
-    std::vector<Entry> left;
     {
       const std::lock_guard lock(registry().mutex);
       registry().threads.erase(this);
-      left.swap(stack);
     }
     // Destructors of other thread-locals may still allocate.
     current->store(nullptr, std::memory_order_relaxed);
-    for (const Entry& entry : left) entry.end();
+    for (const Entry& entry : stack) entry.end();
   }
 
-  // With the registry's lock.
+  // An empty entry if there is none.
+  Entry innermost_step() {
+    const std::lock_guard lock(mutex);
+    const auto step = std::find_if(stack.rbegin(), stack.rend(),
+                                   [](const Entry& entry) { return entry.step != 0; });
+    return step == stack.rend() ? Entry{} : *step;
+  }
+
+  // With the lock, up to remove().
+
+  std::shared_ptr<Context> innermost() const {
+    const auto entry = std::find_if(stack.rbegin(), stack.rend(),
+                                    [](const Entry& entry) { return entry.context != nullptr; });
+    return entry == stack.rend() ? nullptr : entry->context;
+  }
+
+  void follow_stack() { current->store(innermost().get(), std::memory_order_relaxed); }
+
   auto find(std::uint64_t session) {
     const auto it = std::find_if(stack.rbegin(), stack.rend(),
                                  [=](const Entry& entry) { return entry.session == session; });
     return it == stack.rend() ? stack.end() : std::prev(it.base());
   }
 
-  // With the registry's lock. What the thread has to do itself for its stream to follow.
+  // What the thread has to do itself for its stream to follow.
   WayBack remove(std::vector<Entry>::iterator entry) {
-    WayBack back;
-    if (const auto above = std::next(entry); above != stack.end()) {
-      above->before = entry->before;
-      stack.erase(entry);
-    } else {
-      back.streams = entry->context->thread_streams();
-      back.saved = entry->before;
-      stack.pop_back();
-      if (!stack.empty()) back.outer = stack.back().context;
-    }
-    current->store(stack.empty() ? nullptr : stack.back().context.get(), std::memory_order_relaxed);
-    return back;
+    const WayBack back{entry->streams, entry->before, nullptr};
+    const auto above = std::find_if(std::next(entry), stack.end(),
+                                    [](const Entry& other) { return other.streams != nullptr; });
+    const bool is_covered = above != stack.end();
+    if (is_covered && back.streams != nullptr) above->before = back.saved;
+    stack.erase(entry);
+    follow_stack();
+    if (is_covered) return {};
+    return {back.streams, back.saved, innermost()};
   }
 
   // The same by another thread.
   bool take_back(std::uint64_t session) {
+    const std::lock_guard lock(mutex);
     const auto entry = find(session);
     if (entry == stack.end()) return false;
     WayBack back = remove(entry);
@@ -113,6 +135,37 @@ struct ThreadEntries {
       stream_is_stale->store(true, std::memory_order_relaxed);
     }
     return true;
+  }
+
+  void push(Entry entry) {
+    {
+      const std::lock_guard lock(mutex);
+      stack.reserve(stack.size() + 1);
+    }
+    if (entry.context) entry.streams = entry.context->thread_streams();
+    if (entry.streams != nullptr) entry.before = entry.streams->enter(entry.context);
+    const std::lock_guard lock(mutex);
+    if (stream_is_stale->exchange(false)) {
+      // The session that was current on the way here has been taken back meanwhile.
+      entry.before = std::exchange(stale, {}).saved;
+    }
+    if (entry.context) current->store(entry.context.get(), std::memory_order_relaxed);
+    stack.push_back(std::move(entry));
+  }
+
+  // Takes the topmost entry off. There must be one.
+  Entry pop() {
+    mend_stream();
+    Entry top;
+    WayBack back;
+    {
+      const std::lock_guard lock(mutex);
+      top = stack.back();
+      back = remove(std::prev(stack.end()));
+    }
+    back.take();
+    top.end();
+    return top;
   }
 };
 
@@ -124,27 +177,28 @@ ThreadEntries& thread_entries() {
 }  // namespace
 
 void detail::switch_stream_back() {
+  ThreadEntries& own = thread_entries();
   WayBack back;
   {
-    const std::lock_guard lock(registry().mutex);
-    back = std::exchange(thread_entries().stale, {});
+    const std::lock_guard lock(own.mutex);
+    back = std::exchange(own.stale, {});
     stream_is_stale.store(false, std::memory_order_relaxed);
   }
   back.take();
 }
 
 Session::Session(std::shared_ptr<Context> context, bool ordered, bool keeps_active)
-    : context_(std::move(context)), ordered_(ordered), keeps_active_(keeps_active) {
-  const std::lock_guard lock(registry().mutex);
-  id_ = registry().next_session++;
-  process_ = registry().forks;
-}
+    : context_(std::move(context)),
+      ordered_(ordered),
+      keeps_active_(keeps_active),
+      id_(registry().next_session.fetch_add(1, std::memory_order_relaxed)),
+      process_(this_process()) {}
 
 Session::~Session() {
+  if (entries_.load() == 0 || process_ != this_process()) return;
   std::uint32_t left = 0;
   {
     const std::lock_guard lock(registry().mutex);
-    if (process_ != registry().forks) return;
     for (ThreadEntries* thread : registry().threads) {
       while (thread->take_back(id_)) ++left;
     }
@@ -155,58 +209,48 @@ Session::~Session() {
 void Session::enter() {
   ThreadEntries& own = thread_entries();
   mend_stream();
-  Entry entry{id_, context_, keeps_active_};
-  entry.begin();
+  context_->begin_session(keeps_active_);
   try {
-    if (ThreadStreams* streams = context_->thread_streams()) {
-      entry.before = streams->enter(context_, ordered_);
-    }
+    begin();
+    own.push({.session = id_, .context = context_, .keeps_active = keeps_active_});
+    entries_.fetch_add(1, std::memory_order_relaxed);
   } catch (...) {
-    entry.end();
+    if (keeps_active_) context_->end_session();
     throw;
   }
-  const std::lock_guard lock(registry().mutex);
-  if (own.stream_is_stale->exchange(false)) {
-    // The session that was current on the way here has been taken back meanwhile.
-    entry.before = std::exchange(own.stale, {}).saved;
-  }
-  own.stack.push_back(std::move(entry));
-  own.current->store(context_.get(), std::memory_order_relaxed);
 }
 
 void Session::exit() {
   ThreadEntries& own = thread_entries();
   mend_stream();
-  // Own entries come and go on this thread only, but for other threads that take them back.
-  const auto is_here = [&] {
-    const std::lock_guard lock(registry().mutex);
-    return own.find(id_) != own.stack.end();
-  };
   std::exception_ptr failure;
-  if (ThreadStreams* streams = context_->thread_streams(); ordered_ && streams && is_here()) {
-    try {
-      streams->finish(*context_);
-    } catch (const Error&) {
-      failure = std::current_exception();
-    }
+  try {
+    if (is_entered_here()) finish();
+  } catch (const Error&) {
+    failure = std::current_exception();
   }
   bool here = false;
-  bool elsewhere = false;
   WayBack back;
   {
-    const std::lock_guard lock(registry().mutex);
+    const std::lock_guard lock(own.mutex);
     if (const auto entry = own.find(id_); entry != own.stack.end()) {
       here = true;
       back = own.remove(entry);
-    } else {
-      if (process_ != registry().forks) return;
-      const auto& threads = registry().threads;
-      elsewhere = std::any_of(threads.begin(), threads.end(),
-                              [this](ThreadEntries* other) { return other->take_back(id_); });
     }
   }
+  bool elsewhere = false;
+  if (!here) {
+    if (process_ != this_process()) return;
+    const std::lock_guard lock(registry().mutex);
+    const auto& threads = registry().threads;
+    elsewhere = std::any_of(threads.begin(), threads.end(),
+                            [this](ThreadEntries* other) { return other->take_back(id_); });
+  }
   back.take();
-  if ((here || elsewhere) && keeps_active_) context_->end_session();
+  if (here || elsewhere) {
+    entries_.fetch_sub(1, std::memory_order_relaxed);
+    if (keeps_active_) context_->end_session();
+  }
   if (failure) std::rethrow_exception(failure);
   if (here) return;
   throw Error(ErrorCode::session,
@@ -215,11 +259,86 @@ void Session::exit() {
                              : "not entered it, and no other has"));
 }
 
+// Own entries come and go on this thread only, but for other threads that take them back.
+bool Session::is_entered_here() const {
+  ThreadEntries& own = thread_entries();
+  const std::lock_guard lock(own.mutex);
+  return own.find(id_) != own.stack.end();
+}
+
+void Session::begin() const {
+  if (ThreadStreams* streams = context_->thread_streams()) streams->begin(*context_, ordered_);
+}
+
+bool Session::has_work() const {
+  ThreadStreams* streams = context_->thread_streams();
+  return ordered_ && streams != nullptr && ThreadStreams::has_work(*context_, context_->stream());
+}
+
+void Session::finish() const {
+  ThreadStreams* streams = context_->thread_streams();
+  if (ordered_ && streams != nullptr) streams->finish(*context_);
+}
+
+void Session::follow() const {
+  ThreadStreams* streams = context_->thread_streams();
+  if (ordered_ && streams != nullptr) streams->follow(*context_);
+}
+
+TaskEntry::TaskEntry(std::shared_ptr<Context> context, std::uint64_t owner)
+    : context_(std::move(context)),
+      owner_(owner),
+      thread_(&detail::current_context),
+      process_(this_process()) {
+  context_->begin_session(true);
+}
+
+bool TaskEntry::close() {
+  if (!open_.exchange(false)) return false;
+  context_->end_session();
+  return true;
+}
+
+bool TaskEntry::is_open_here() const {
+  return open_.load(std::memory_order_relaxed) && thread_ == &detail::current_context &&
+         process_ == this_process();
+}
+
+Step::Step(const void* task, std::shared_ptr<Context> context) {
+  ThreadEntries& own = thread_entries();
+  mend_stream();
+  number_ = ++own.steps;
+  own.push({.context = std::move(context), .step = number_, .task = task});
+}
+
+Step::~Step() {
+  ThreadEntries& own = thread_entries();
+  // Gone in a forked child.
+  if (own.innermost_step().step < number_) return;
+  while (own.pop().step != number_) continue;
+}
+
+std::uint64_t Step::number(const void* task) {
+  const Entry step = thread_entries().innermost_step();
+  return step.task == task ? step.step : 0;
+}
+
+void Step::move_to(std::shared_ptr<Context> context) {
+  ThreadEntries& own = thread_entries();
+  Entry step = own.innermost_step();
+  while (own.pop().step != step.step) continue;
+  step.context = std::move(context);
+  step.streams = nullptr;
+  own.push(std::move(step));
+}
+
 void lock_sessions() {
   registry().mutex.lock();
+  for (ThreadEntries* thread : registry().threads) thread->mutex.lock();
 }
 
 void unlock_sessions() {
+  for (ThreadEntries* thread : registry().threads) thread->mutex.unlock();
   registry().mutex.unlock();
 }
 

@@ -1,41 +1,27 @@
 // Which context the calling thread works in.
 //
-// Every thread has a stack of entered sessions; the top one is current. A session object may be
-// entered many times and by many threads. Leaving takes the thread's topmost entry of that
-// session out of the stack, so sessions that end out of order (two suspended generators, say)
+// Every thread has a stack of entries; the top one is current. Most are entered sessions. A session
+// object may be entered many times and by many threads. Leaving takes the thread's topmost entry of
+// that session out of the stack, so sessions that end out of order (two suspended generators, say)
 // leave the others as they were.
+//
+// Where many tasks take turns on one thread, sessions belong to tasks: an entry of a TaskEntry
+// lasts as long as its task likes, and each step of a task is a Step on the thread's stack.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 #include <memory>
 #include <utility>
-#include <vector>
 
 #include "core/context.h"
+#include "core/thread_streams.h"
 
 namespace pgk {
 
-// The stream that a thread submits its work to, as far as sessions are concerned: they switch it to
-// their context's and back. Implemented where streams are a property of the thread (csrc/torch).
-class ThreadStreams {
- public:
-  // What was current before; only this class knows what it means.
-  using Saved = std::int64_t;
-
-  virtual ~ThreadStreams() = default;
-  // Makes the context's stream the calling thread's. If `ordered`, its work from now on starts
-  // after what the thread's stream holds. Throws ErrorCode::session in the middle of a capture.
-  virtual Saved enter(const std::shared_ptr<Context>& context, bool ordered) = 0;
-  // Makes `saved` the calling thread's stream again; `outer` is the context it is in then.
-  virtual void leave(Saved saved, const std::shared_ptr<Context>& outer) = 0;
-  // Blocks until the context's stream has done what it holds.
-  virtual void finish(const Context& context) = 0;
-};
-
 class Session {
  public:
-  // An ordered session hands over at its borders: see ThreadStreams::enter(), and leaving waits
+  // An ordered session hands over at its borders: see ThreadStreams::begin(), and leaving waits
   // until the context's stream is done. One that does not keep its context active lets it be
   // destroyed while it is entered.
   explicit Session(std::shared_ptr<Context> context, bool ordered = true, bool keeps_active = true);
@@ -53,10 +39,20 @@ class Session {
   // In a forked child it does nothing: no session survives a fork.
   void exit();
 
+  bool is_entered_here() const;
+
+  // What enter() and exit() do on the device, for tasks: see ThreadStreams. If the session is not
+  // ordered, only begin() does something: it refuses to enter in the middle of a capture.
+  void begin() const;
+  bool has_work() const;
+  void finish() const;
+  void follow() const;
+
  private:
   std::shared_ptr<Context> context_;
   bool ordered_;
   bool keeps_active_;
+  std::atomic<int> entries_{0};
   std::uint64_t id_;
   std::uint64_t process_;  // counts the forks between the first process and the session's
 };
@@ -74,6 +70,52 @@ class Hold {
 
  private:
   std::shared_ptr<Context> context_;
+};
+
+// That a task is in a context, whether or not it runs at the moment. Keeps the context active until
+// it is closed.
+class TaskEntry {
+ public:
+  // Throws ErrorCode::context_destroyed or ErrorCode::forked. `owner` is the caller's to give a
+  // meaning.
+  explicit TaskEntry(std::shared_ptr<Context> context, std::uint64_t owner = 0);
+  ~TaskEntry() { close(); }
+  TaskEntry(const TaskEntry&) = delete;
+  TaskEntry& operator=(const TaskEntry&) = delete;
+
+  // False if it was closed already. From any thread.
+  bool close();
+  // Not after close(), nor in another thread than that which made it, nor in a forked child.
+  bool is_open_here() const;
+  std::uint64_t owner() const { return owner_; }
+  const std::shared_ptr<Context>& context() const { return context_; }
+
+ private:
+  std::shared_ptr<Context> context_;
+  std::uint64_t owner_;
+  std::atomic<bool> open_{true};
+  const void* thread_;
+  std::uint64_t process_;
+};
+
+// One step of a task: from here to the end of the scope the thread works in the task's context,
+// then again in what it was in. What is entered within and not left is left then.
+class Step {
+ public:
+  // Without a context the thread stays in what it is in. `task` is how the step is recognised.
+  Step(const void* task, std::shared_ptr<Context> context);
+  ~Step();
+  Step(const Step&) = delete;
+  Step& operator=(const Step&) = delete;
+
+  // The number of the calling thread's innermost step if it is one of `task`, else 0.
+  static std::uint64_t number(const void* task);
+  // Goes on in another context, or in what the thread was in. There must be a step, the innermost
+  // on the stack.
+  static void move_to(std::shared_ptr<Context> context);
+
+ private:
+  std::uint64_t number_;
 };
 
 // For the fork guard only.

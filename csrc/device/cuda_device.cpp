@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <array>
+#include <memory>
 #include <string>
+#include <tuple>
+#include <utility>
 
 #include "core/error.h"
 #include "core/types.h"
@@ -311,6 +314,63 @@ void CudaDevice::do_synchronize_event(EventId event) {
   if (native != nullptr) driver_.check(driver_.cuEventSynchronize_fn(native), "synchronize");
   const std::lock_guard lock(mutex_);
   if (native != nullptr && pending(event) == native) retire(event);
+}
+
+// Outlives the device if need be.
+struct CudaDevice::PendingAlarm {
+  std::shared_ptr<AlarmStreams> streams;
+  CUstream stream;
+  Alarm alarm;
+
+  static void ring(void* self) {
+    const std::unique_ptr<PendingAlarm> pending(static_cast<PendingAlarm*>(self));
+    pending->alarm();
+    pending->streams->give_back(pending->stream);
+  }
+};
+
+template <typename Wait>
+void CudaDevice::launch(Alarm alarm, Wait wait) {
+  const Scope scope(*this);
+  auto ours = std::make_unique<PendingAlarm>(alarm_streams_, nullptr, std::move(alarm));
+  {
+    const std::lock_guard lock(alarm_streams_->mutex);
+    if (!alarm_streams_->idle.empty()) {
+      ours->stream = alarm_streams_->idle.back();
+      alarm_streams_->idle.pop_back();
+    }
+  }
+  if (ours->stream == nullptr) {
+    driver_.check(driver_.cuStreamCreateWithPriority_fn(&ours->stream, CU_STREAM_NON_BLOCKING,
+                                                        properties_.greatest_priority),
+                  "notify (create stream)");
+  }
+  CUresult result = wait(ours->stream);
+  if (result == CUDA_SUCCESS) {
+    result = driver_.cuLaunchHostFunc_fn(ours->stream, &PendingAlarm::ring, ours.get());
+  }
+  if (result == CUDA_SUCCESS) {
+    std::ignore = ours.release();  // it is the callback's now
+    return;
+  }
+  alarm_streams_->give_back(ours->stream);
+  driver_.check(result, "notify");
+}
+
+void CudaDevice::do_notify(EventId event, Alarm alarm) {
+  launch(std::move(alarm), [&](CUstream stream) {
+    const std::lock_guard lock(mutex_);
+    CUevent native = pending(event);
+    return native == nullptr ? CUDA_SUCCESS
+                             : driver_.cuStreamWaitEvent_fn(stream, native, CU_EVENT_WAIT_DEFAULT);
+  });
+}
+
+void CudaDevice::notify_of_handle(std::uintptr_t event, Alarm alarm) {
+  launch(std::move(alarm), [&](CUstream stream) {
+    return driver_.cuStreamWaitEvent_fn(stream, reinterpret_cast<CUevent>(event),
+                                        CU_EVENT_WAIT_DEFAULT);
+  });
 }
 
 }  // namespace pgk

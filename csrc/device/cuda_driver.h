@@ -37,6 +37,7 @@
   X(cuStreamQuery)                     \
   X(cuStreamSynchronize)               \
   X(cuStreamWaitEvent)                 \
+  X(cuLaunchHostFunc)                  \
   X(cuEventCreate)                     \
   X(cuEventRecord)                     \
   X(cuEventQuery)                      \

@@ -1,6 +1,7 @@
 #include "device/device.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "core/error.h"
 #include "core/types.h"
@@ -9,8 +10,9 @@ namespace pgk {
 
 const char* Device::name_of(Call call) {
   static constexpr std::array names{
-      "any",           "create",         "release", "reserve", "unreserve", "map",        "unmap",
-      "create_stream", "destroy_stream", "copy",    "record",  "wait",      "synchronize"};
+      "any",    "create", "release",       "reserve",        "unreserve",
+      "map",    "unmap",  "create_stream", "destroy_stream", "copy",
+      "record", "wait",   "synchronize",   "notify"};
   static_assert(names.size() == kCalls);
   return names[static_cast<std::size_t>(call)];
 }
@@ -116,6 +118,11 @@ void Device::synchronize_stream(StreamId stream) {
 void Device::synchronize_event(EventId event) {
   begin(Call::synchronize);
   do_synchronize_event(event);
+}
+
+void Device::notify(EventId event, Alarm alarm) {
+  begin(Call::notify);
+  do_notify(event, std::move(alarm));
 }
 
 }  // namespace pgk

@@ -12,6 +12,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 
 namespace pgk {
@@ -28,12 +29,16 @@ struct Handle {
 using StreamId = std::uint64_t;
 using EventId = std::uint64_t;
 
+// What tells somebody who sleeps that an event is done.
+using Alarm = std::function<void()>;
+
 class Device {
  public:
   struct Properties {
     std::string name;
     std::size_t capacity = 0;     // bytes of handles that can exist at a time
     std::size_t granularity = 0;  // sizes of handles and ranges are multiples of it
+    bool is_host = false;         // its memory is ordinary host memory
     int least_priority = 0;       // of streams; lower numbers are more important
     int greatest_priority = 0;
   };
@@ -52,8 +57,9 @@ class Device {
     record,
     wait,
     synchronize,
+    notify,
   };
-  static constexpr std::size_t kCalls = static_cast<std::size_t>(Call::synchronize) + 1;
+  static constexpr std::size_t kCalls = static_cast<std::size_t>(Call::notify) + 1;
   static const char* name_of(Call call);
 
   Device() = default;
@@ -90,6 +96,10 @@ class Device {
   // Block the caller.
   void synchronize_stream(StreamId stream);
   void synchronize_event(EventId event);
+  // Calls `alarm` once `event` is done, on any thread, or at once. It must be brief and call
+  // nothing of the device. If the work before the event fails it may never be called: is_done()
+  // tells.
+  void notify(EventId event, Alarm alarm);
   virtual bool is_done(EventId event) = 0;
   // Whether all work submitted to the stream so far is done. Not for a stream that is captured; one
   // that was destroyed may be asked about.
@@ -125,6 +135,7 @@ class Device {
   virtual void do_wait(StreamId stream, EventId event) = 0;
   virtual void do_synchronize_stream(StreamId stream) = 0;
   virtual void do_synchronize_event(EventId event) = 0;
+  virtual void do_notify(EventId event, Alarm alarm) = 0;
 
   void begin(Call call, std::size_t bytes = 0);
   bool due(Call call);

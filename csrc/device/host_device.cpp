@@ -35,6 +35,7 @@ bool make_inaccessible(Address address, std::size_t bytes) {
 
 HostDevice::HostDevice(std::size_t capacity) {
   properties_.name = "host";
+  properties_.is_host = true;
   properties_.capacity = capacity / kGranularity * kGranularity;
   properties_.granularity = kGranularity;
   if (properties_.capacity == 0 || capacity > kLargestCapacity) {

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "device/device.h"
@@ -59,6 +60,7 @@ class HostDevice final : public Device {
   void do_wait(StreamId stream, EventId event) override { timeline_.wait(stream, event); }
   void do_synchronize_stream(StreamId stream) override { timeline_.synchronize_stream(stream); }
   void do_synchronize_event(EventId event) override { timeline_.synchronize_event(event); }
+  void do_notify(EventId event, Alarm alarm) override { timeline_.notify(event, std::move(alarm)); }
 
   std::mutex mutex_;
   int file_ = -1;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "core/error.h"
 
@@ -79,6 +80,11 @@ void HostTimeline::run_all() {
       }
     }
   }
+  std::erase_if(alarms_, [this](const auto& entry) {
+    if (!done(entry.first)) return false;
+    entry.second();
+    return true;
+  });
   progress_.notify_all();
 }
 
@@ -108,6 +114,12 @@ void HostTimeline::synchronize_stream(StreamId stream) {
 void HostTimeline::synchronize_event(EventId event) {
   std::unique_lock lock(mutex_);
   progress_.wait(lock, [&] { return done(event); });
+}
+
+void HostTimeline::notify(EventId event, Alarm alarm) {
+  const std::lock_guard lock(mutex_);
+  alarms_.emplace(event, std::move(alarm));
+  run_all();
 }
 
 void HostTimeline::hold(StreamId stream) {

@@ -25,6 +25,7 @@ class HostTimeline {
   bool is_capturing(StreamId stream);
   void synchronize_stream(StreamId stream);
   void synchronize_event(EventId event);
+  void notify(EventId event, Alarm alarm);
   void hold(StreamId stream);
   void let_go(StreamId stream);
   void set_capturing(StreamId stream, bool capturing);
@@ -56,6 +57,7 @@ class HostTimeline {
   std::mutex mutex_;
   std::condition_variable progress_;
   std::map<StreamId, Stream> streams_;
+  std::multimap<EventId, Alarm> alarms_;
   StreamId next_stream_ = 1;
   EventId next_event_ = 1;
 };

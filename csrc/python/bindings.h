@@ -1,4 +1,4 @@
-// The parts of the native module. Bindings only: no logic lives here.
+// The parts of the native module. Bindings only, but for event_loop: tasks exist in Python alone.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -11,5 +11,7 @@ void bind_device(pybind11::module_& module);
 void bind_cuda(pybind11::module_& module);
 void bind_core(pybind11::module_& module);
 void bind_manager(pybind11::module_& module);
+void bind_session(pybind11::module_& module);
+void bind_event_loop(pybind11::module_& module);
 
 }  // namespace pgk::python

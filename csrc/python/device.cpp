@@ -4,6 +4,7 @@
 
 #include "device/host_device.h"
 #include "python/bindings.h"
+#include "python/event_fd.h"
 
 namespace py = pybind11;
 
@@ -42,6 +43,12 @@ void bind_device(py::module_& module) {
       .def("wait", &Device::wait, py::arg("stream"), py::arg("event"), Unlocked())
       .def("synchronize_stream", &Device::synchronize_stream, py::arg("stream"), Unlocked())
       .def("synchronize_event", &Device::synchronize_event, py::arg("event"), Unlocked())
+      .def(
+          "notify",
+          [](Device& self, EventId event, const std::shared_ptr<EventFd>& alarm) {
+            self.notify(event, [alarm] { alarm->ring(); });
+          },
+          py::arg("event"), py::arg("alarm").none(false), Unlocked())
       .def("is_done", &Device::is_done, py::arg("event"), Unlocked())
       .def("is_idle", &Device::is_idle, py::arg("stream"), Unlocked())
       .def("is_capturing", &Device::is_capturing, py::arg("stream"), Unlocked())

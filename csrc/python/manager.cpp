@@ -7,11 +7,11 @@
 #include <string>
 #include <vector>
 
-#include "core/blocking.h"
-#include "core/session.h"
+#include "core/thread_streams.h"
 #include "python/bindings.h"
 #include "torch/cpu_allocator.h"
 #include "torch/fork_guard.h"
+#include "torch/host_streams.h"
 
 namespace py = pybind11;
 
@@ -119,37 +119,13 @@ void bind_context(py::module_& module) {
       .def_property_readonly("is_destroyed", &Context::is_destroyed)
       .def_property_readonly("sessions", &Context::sessions)
       .def_property_readonly("counters", &Context::counters);
-
-  py::class_<Session>(module, "Session")
-      .def(py::init<std::shared_ptr<Context>, bool, bool>(), py::arg("context").none(false),
-           py::arg("ordered") = true, py::arg("keeps_active") = true)
-      .def("enter", &Session::enter)
-      .def("exit", &Session::exit);
-
-  py::class_<Hold>(module, "Hold")
-      .def(py::init<std::shared_ptr<Context>>(), py::arg("context").none(false));
-
-  module.def("current_context", []() -> std::shared_ptr<Context> {
-    Context* context = current_context();
-    return context == nullptr ? nullptr : context->shared_from_this();
-  });
-}
-
-// Work of ours that blocks may be reached with the GIL held: torch allocates under it.
-void let_go_of_the_gil_to_block() {
-  Blocking::set_hooks({
-      .begin = []() -> void* { return PyGILState_Check() != 0 ? PyEval_SaveThread() : nullptr; },
-      .end = [](void* state) { PyEval_RestoreThread(static_cast<PyThreadState*>(state)); },
-  });
 }
 
 }  // namespace
 
 void bind_manager(py::module_& module) {
-  let_go_of_the_gil_to_block();
   bind_records(module);
   bind_context(module);
-  py::class_<ThreadStreams, std::unique_ptr<ThreadStreams, py::nodelete>>(module, "ThreadStreams");
 
   py::class_<Manager, std::shared_ptr<Manager>>(module, "Manager")
       .def(py::init(&Manager::make), py::arg("device").none(false),
@@ -182,6 +158,8 @@ void bind_manager(py::module_& module) {
       .def("check_invariants", &Manager::check_invariants, Unlocked())
       .def_property_readonly("device", &Manager::device);
 
+  module.def("host_streams", &host_streams, py::return_value_policy::reference);
+  module.def("current_host_stream", &current_host_stream);
   module.def("install_cpu_allocator", &install_cpu_allocator);
   module.def("uninstall_cpu_allocator", &uninstall_cpu_allocator);
   module.def("guard_forks", &guard_forks, py::arg("manager").none(false));

@@ -3,10 +3,12 @@
 PYBIND11_MODULE(native, module) {
   module.doc() = "The C++ side of pygpukit_torch.";
   pgk::python::bind_errors(module);
+  pgk::python::bind_event_loop(module);
   pgk::python::bind_device(module);
 #ifdef PGK_WITH_CUDA
   pgk::python::bind_cuda(module);
 #endif
   pgk::python::bind_core(module);
+  pgk::python::bind_session(module);
   pgk::python::bind_manager(module);
 }

@@ -36,8 +36,7 @@ class CpuAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(std::size_t bytes) override {
     Context* context = current_context();
-    // Contexts whose sessions switch a thread's stream are those of another kind of device.
-    if (context == nullptr || context->thread_streams() != nullptr || bytes == 0) {
+    if (context == nullptr || !context->is_on_host() || bytes == 0) {
       return allocate_outside(bytes);
     }
     void* pointer = nullptr;

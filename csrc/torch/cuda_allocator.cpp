@@ -218,7 +218,7 @@ class CudaAllocator final : public CudaForwarder {
     static const bool is_alone = c10::cuda::device_count() == 1;
     if (is_alone) return 0;
     const Context* context = current_context();
-    if (context != nullptr && context->thread_streams() != nullptr) {
+    if (context != nullptr && !context->is_on_host()) {
       const CudaDevice& device = cuda_device(*context);
       if (device.is_current()) return static_cast<c10::DeviceIndex>(device.ordinal());
     }

@@ -13,7 +13,7 @@
 extern "C" __attribute__((visibility("default"))) void* pgk_malloc(ssize_t size, int device,
                                                                    cudaStream_t /*stream*/) {
   pgk::Context* context = pgk::current_context();
-  const bool serves = context != nullptr && context->thread_streams() != nullptr &&
+  const bool serves = context != nullptr && !context->is_on_host() &&
                       static_cast<pgk::CudaDevice&>(context->device()).ordinal() == device;
   TORCH_CHECK(serves, "pgk_malloc serves threads in a session of a context on cuda:", device,
               "; this thread is in none");

@@ -12,9 +12,6 @@
 #include <unordered_map>
 #include <utility>
 
-#include "core/blocking.h"
-#include "core/error.h"
-
 namespace pgk {
 namespace {
 
@@ -24,8 +21,7 @@ StreamId id_of(const CUDAStream& stream) {
   // Torch's id of a stream that it did not make is the handle: the common case needs no call.
   const Context* context = current_context();
   const auto id = static_cast<StreamId>(stream.id());
-  if (context != nullptr && context->thread_streams() != nullptr && context->stream() == id)
-    return id;
+  if (context != nullptr && !context->is_on_host() && context->stream() == id) return id;
   return CudaDevice::id_of(stream.stream());
 }
 
@@ -124,20 +120,17 @@ std::shared_ptr<Context> if_open(std::shared_ptr<Context> context) {
 
 class CudaStreams final : public ThreadStreams {
  public:
-  explicit CudaStreams(std::shared_ptr<CudaDevice> device) : device_(std::move(device)) {}
+  explicit CudaStreams(const std::shared_ptr<CudaDevice>& device)
+      : index_(static_cast<c10::DeviceIndex>(device->ordinal())) {}
 
-  Saved enter(const std::shared_ptr<Context>& context, bool ordered) override {
-    const CUDAStream before = c10::cuda::getCurrentCUDAStream(index());
-    const StreamId outside = id_of(before);
+  StreamId current() override { return id_of(c10::cuda::getCurrentCUDAStream(index_)); }
+
+  Saved enter(const std::shared_ptr<Context>& context) override {
+    const CUDAStream before = c10::cuda::getCurrentCUDAStream(index_);
     const StreamId inside = context->stream();
-    if (outside != inside) {
-      if (device_->is_capturing(outside)) {
-        throw Error(ErrorCode::session, "context '" + context->name() +
-                                            "' cannot be entered in the middle of a graph capture; "
-                                            "enter first, then capture");
-      }
-      if (ordered && !device_->is_idle(outside)) device_->wait(inside, device_->record(outside));
-      c10::cuda::setCurrentCUDAStream(c10::cuda::getStreamFromExternal(handle_of(inside), index()));
+    // A session may outlive a context that it does not keep active.
+    if (inside != kNoStream && id_of(before) != inside) {
+      c10::cuda::setCurrentCUDAStream(c10::cuda::getStreamFromExternal(handle_of(inside), index_));
       stream_table().set(inside, context, true);
     }
     set_callers_context(context);
@@ -145,23 +138,12 @@ class CudaStreams final : public ThreadStreams {
   }
 
   void leave(Saved saved, const std::shared_ptr<Context>& outer) override {
-    c10::cuda::setCurrentCUDAStream(CUDAStream::unpack3(saved, index(), c10::DeviceType::CUDA));
+    c10::cuda::setCurrentCUDAStream(CUDAStream::unpack3(saved, index_, c10::DeviceType::CUDA));
     set_callers_context(outer);
   }
 
-  void finish(const Context& context) override {
-    const StreamId stream = context.stream();
-    // A session may outlive a context that it does not keep active.
-    if (stream == kNoStream) return;
-    if (device_->is_capturing(stream) || device_->is_idle(stream)) return;
-    const Blocking blocking;
-    device_->synchronize_stream(stream);
-  }
-
  private:
-  c10::DeviceIndex index() const { return static_cast<c10::DeviceIndex>(device_->ordinal()); }
-
-  std::shared_ptr<CudaDevice> device_;
+  c10::DeviceIndex index_;
 };
 
 }  // namespace

@@ -24,13 +24,13 @@ using namespace pgk;
 thread_local std::int64_t thread_stream = 0;
 
 struct FakeStreams final : ThreadStreams {
-  Saved enter(const std::shared_ptr<Context>& context, bool /*ordered*/) override {
+  StreamId current() override { return static_cast<StreamId>(thread_stream); }
+  Saved enter(const std::shared_ptr<Context>& context) override {
     return std::exchange(thread_stream, static_cast<std::int64_t>(context->stream()));
   }
   void leave(Saved saved, const std::shared_ptr<Context>& /*outer*/) override {
     thread_stream = saved;
   }
-  void finish(const Context& /*context*/) override {}
 };
 
 constexpr int kThreads = 4;

@@ -1,0 +1,69 @@
+#include "core/session.h"
+
+#include <memory>
+
+#include "core/blocking.h"
+#include "python/bindings.h"
+
+namespace py = pybind11;
+
+namespace pgk::python {
+namespace {
+
+// Work of ours that blocks may be reached with the GIL held: torch allocates under it.
+void let_go_of_the_gil_to_block() {
+  Blocking::set_hooks({
+      .begin = []() -> void* { return PyGILState_Check() != 0 ? PyEval_SaveThread() : nullptr; },
+      .end = [](void* state) { PyEval_RestoreThread(static_cast<PyThreadState*>(state)); },
+  });
+}
+
+bool in_event_loop() {
+  static PyObject* running_loop =
+      py::object(py::module_::import("asyncio").attr("_get_running_loop")).release().ptr();
+  PyObject* loop = PyObject_CallNoArgs(running_loop);
+  if (loop == nullptr) throw py::error_already_set();
+  Py_DECREF(loop);
+  return loop != Py_None;
+}
+
+}  // namespace
+
+void bind_session(py::module_& module) {
+  let_go_of_the_gil_to_block();
+  py::class_<ThreadStreams, std::unique_ptr<ThreadStreams, py::nodelete>>(module, "ThreadStreams");
+
+  py::class_<Session>(module, "Session")
+      .def(py::init<std::shared_ptr<Context>, bool, bool>(), py::arg("context").none(false),
+           py::arg("ordered") = true, py::arg("keeps_active") = true)
+      .def("enter", &Session::enter)
+      .def("exit", &Session::exit)
+      .def("begin", &Session::begin)
+      .def_property_readonly("has_work", &Session::has_work)
+      .def("finish", &Session::finish)
+      .def("follow", &Session::follow)
+      .def("__enter__",
+           [](const py::object& self) -> py::object {
+             if (in_event_loop()) return self.attr("_enter_in_task")();
+             self.cast<Session&>().enter();
+             return self;
+           })
+      .def("__exit__", [](const py::object& self, const py::args& /*error*/) {
+        auto& session = self.cast<Session&>();
+        if (in_event_loop() || !session.is_entered_here()) {
+          self.attr("_exit_in_task")();
+        } else {
+          session.exit();
+        }
+      });
+
+  py::class_<Hold>(module, "Hold")
+      .def(py::init<std::shared_ptr<Context>>(), py::arg("context").none(false));
+
+  module.def("current_context", []() -> std::shared_ptr<Context> {
+    Context* context = current_context();
+    return context == nullptr ? nullptr : context->shared_from_this();
+  });
+}
+
+}  // namespace pgk::python

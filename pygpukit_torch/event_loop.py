@@ -1,0 +1,179 @@
+"""What sessions need of an asyncio event loop, without a patch of asyncio.
+
+A task's open entries are in the context variable ``native.sessions``. As long as anybody on a loop is
+in a session, the loop's own ``call_soon`` and the like are wrapped, on the instance: a callback
+whose ``contextvars`` context has entries runs between "this thread works in the innermost one" and
+"it works in what it did before". So each step of a task finds its own stream and context, however it
+is resumed. Loops without sessions are as they were.
+"""
+
+import asyncio
+import contextlib
+import contextvars
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from pygpukit_torch import native
+from pygpukit_torch.errors import SessionError
+
+# The methods that schedule callbacks, with the position of the callback in their arguments.
+_SCHEDULERS = {"call_soon": 0, "call_soon_threadsafe": 0, "call_later": 1, "call_at": 1}
+
+# An alarm may stay silent once the device has failed: how long nobody notices, in seconds.
+_PATIENCE = 0.25
+
+
+def running_loop() -> asyncio.AbstractEventLoop:
+    """Return the loop that runs in this thread. Raises SessionError if there is none of asyncio's."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise SessionError(
+            "'async with' a session, and waiting for one, take a running asyncio event loop"
+        ) from None
+
+
+class _Wrapped:
+    """A loop whose scheduling is wrapped."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.users = 0
+        self._own: dict[str, Any] = {}  # what the instance itself had by these names
+        self._ours: dict[str, Any] = {}
+        for name, position in _SCHEDULERS.items():
+            self._wrap(loop, name, native.scheduler(getattr(loop, name), position))
+        self._wrap(loop, "create_task", _inheriting(loop, loop.create_task))
+
+    def _wrap(self, loop: asyncio.AbstractEventLoop, name: str, wrapper: Any) -> None:
+        if name in vars(loop):
+            self._own[name] = vars(loop)[name]
+        self._ours[name] = wrapper
+        setattr(loop, name, wrapper)
+
+    def unwrap(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Put back what was there, unless somebody else has wrapped it meanwhile."""
+        for name, wrapper in self._ours.items():
+            if vars(loop).get(name) is not wrapper:
+                continue
+            delattr(loop, name)
+            if name in self._own:
+                setattr(loop, name, self._own[name])
+
+
+# The loop's attribute that its _Wrapped is kept in: no table of ours then keeps a loop alive.
+_ATTRIBUTE = "_pygpukit_sessions"
+
+# The collector may end a forgotten task at any time.
+_lock = threading.RLock()
+
+
+def join(loop: asyncio.AbstractEventLoop) -> None:
+    """Have the loop's steps follow their sessions, until as many calls of :func:`leave`.
+
+    Raises:
+        SessionError: the loop's methods cannot be wrapped.
+    """
+    with _lock:
+        wrapped = getattr(loop, _ATTRIBUTE, None)
+        if wrapped is None:
+            try:
+                wrapped = _Wrapped(loop)
+                setattr(loop, _ATTRIBUTE, wrapped)
+            except (AttributeError, TypeError) as error:
+                raise SessionError(
+                    f"sessions cannot follow the tasks of {type(loop).__name__}, whose methods "
+                    f"cannot be wrapped: {error}"
+                ) from None
+        wrapped.users += 1
+
+
+def leave(loop: asyncio.AbstractEventLoop) -> None:
+    """End what :func:`join` began."""
+    with _lock:
+        wrapped = getattr(loop, _ATTRIBUTE)
+        wrapped.users -= 1
+        if wrapped.users == 0:
+            delattr(loop, _ATTRIBUTE)
+            wrapped.unwrap(loop)
+
+
+def innermost(entries: tuple[native.TaskEntry, ...]) -> native.TaskEntry | None:
+    """Return the last open one."""
+    return next((entry for entry in reversed(entries) if entry.is_open), None)
+
+
+def _inheriting(
+    loop: asyncio.AbstractEventLoop, create_task: Callable[..., asyncio.Task[Any]]
+) -> Callable[..., asyncio.Task[Any]]:
+    """Wrap ``loop.create_task``: a task made in a session is in it for its whole life."""
+
+    def create(
+        coro: Any, *, context: contextvars.Context | None = None, **options: Any
+    ) -> asyncio.Task[Any]:
+        entries = native.sessions.get(()) if context is None else context.get(native.sessions, ())
+        outer = innermost(entries)
+        if outer is None:
+            if context is not None:
+                options["context"] = context
+            return create_task(coro, **options)
+        inherited = native.TaskEntry(outer.context)
+        if context is None:
+            context = contextvars.copy_context()
+        # The caller may want to share his own, which cannot be entered twice.
+        with contextlib.suppress(RuntimeError):
+            context.run(native.sessions.set, (inherited,))
+        join(loop)
+
+        def end(_: object = None) -> None:
+            inherited.close()
+            leave(loop)
+
+        try:
+            # An eager task runs its first step right here.
+            task: asyncio.Task[Any] = native.run_step_of(
+                context, create_task, coro, context=context, **options
+            )
+        except BaseException:
+            end()
+            raise
+        if task.done():
+            end()
+        else:
+            task.add_done_callback(end, context=contextvars.Context())
+        return task
+
+    return create
+
+
+async def wait(is_done: Callable[[], bool], notify: Callable[[native.Alarm], None]) -> None:
+    """Suspend the task until ``is_done()``, for which ``notify`` is to ring an alarm.
+
+    Raises what the two raise.
+    """
+    if is_done():
+        return
+    loop = running_loop()
+    alarm = native.Alarm()
+    woken = loop.create_future()
+
+    def wake() -> None:
+        if not woken.done():
+            woken.set_result(None)
+
+    def ring() -> None:
+        loop.remove_reader(alarm.fileno())
+        wake()
+
+    loop.add_reader(alarm.fileno(), ring)
+    try:
+        notify(alarm)
+        while not is_done():
+            woken = loop.create_future()
+            timer = loop.call_later(_PATIENCE, wake)
+            try:
+                await woken
+            finally:
+                timer.cancel()
+    finally:
+        loop.remove_reader(alarm.fileno())
