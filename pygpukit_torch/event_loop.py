@@ -1,10 +1,10 @@
 """What sessions need of an asyncio event loop, without a patch of asyncio.
 
-A task's open entries are in the context variable ``native.sessions``. As long as anybody on a loop is
-in a session, the loop's own ``call_soon`` and the like are wrapped, on the instance: a callback
+A task's open entries are in the context variable ``native.sessions``. As long as anybody on a loop
+is in a session, the loop's own ``call_soon`` and the like are wrapped, on the instance: a callback
 whose ``contextvars`` context has entries runs between "this thread works in the innermost one" and
-"it works in what it did before". So each step of a task finds its own stream and context, however it
-is resumed. Loops without sessions are as they were.
+"it works in what it did before". So each step of a task finds its own stream and context, however
+it is resumed. Loops without sessions are as they were.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ _PATIENCE = 0.25
 
 
 def running_loop() -> asyncio.AbstractEventLoop:
-    """Return the loop that runs in this thread. Raises SessionError if there is none of asyncio's."""
+    """Return the asyncio loop that runs in this thread. Raises SessionError if there is none."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
@@ -111,15 +111,15 @@ def _inheriting(
     def create(
         coro: Any, *, context: contextvars.Context | None = None, **options: Any
     ) -> asyncio.Task[Any]:
-        entries = native.sessions.get(()) if context is None else context.get(native.sessions, ())
-        outer = innermost(entries)
-        if outer is None:
-            if context is not None:
-                options["context"] = context
-            return create_task(coro, **options)
-        inherited = native.TaskEntry(outer.context)
+        outer = innermost(native.sessions.get(()))
         if context is None:
+            if outer is None:
+                return create_task(coro, **options)
             context = contextvars.copy_context()
+        elif outer is None or outer is not innermost(context.get(native.sessions, ())):
+            # It belongs to other tasks, or to none: their sessions are theirs.
+            return create_task(coro, context=context, **options)
+        inherited = native.TaskEntry(outer.context)
         # The caller may want to share his own, which cannot be entered twice.
         with contextlib.suppress(RuntimeError):
             context.run(native.sessions.set, (inherited,))
@@ -137,6 +137,7 @@ def _inheriting(
         except BaseException:
             end()
             raise
+        inherited.owner = id(task)
         if task.done():
             end()
         else:

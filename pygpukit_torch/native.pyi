@@ -306,8 +306,7 @@ class TaskEntry:
     def is_open(self) -> bool:
         """False also in other threads than the one that made it, and in a forked child."""
 
-    @property
-    def owner(self) -> int: ...
+    owner: int
     @property
     def context(self) -> Context: ...
 

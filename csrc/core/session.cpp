@@ -345,9 +345,14 @@ void unlock_sessions() {
 void forget_sessions_in_child() {
   ++registry().forks;
   std::erase_if(registry().threads, [](ThreadEntries* thread) {
-    thread->stack.clear();
     return thread->current != &detail::current_context;  // of a thread that does not exist here
   });
+  for (ThreadEntries* own : registry().threads) {
+    const auto first = std::find_if(own->stack.begin(), own->stack.end(),
+                                    [](const Entry& entry) { return entry.streams != nullptr; });
+    if (first != own->stack.end()) first->streams->leave(first->before, nullptr);
+    own->stack.clear();
+  }
   detail::current_context.store(nullptr, std::memory_order_relaxed);
 }
 

@@ -88,6 +88,7 @@ class TaskEntry {
   // Not after close(), nor in another thread than that which made it, nor in a forked child.
   bool is_open_here() const;
   std::uint64_t owner() const { return owner_; }
+  void set_owner(std::uint64_t owner) { owner_ = owner; }
   const std::shared_ptr<Context>& context() const { return context_; }
 
  private:

@@ -144,7 +144,7 @@ void bind_event_loop(py::module_& module) {
            py::arg("owner") = 0)
       .def("close", &TaskEntry::close)
       .def_property_readonly("is_open", &TaskEntry::is_open_here)
-      .def_property_readonly("owner", &TaskEntry::owner)
+      .def_property("owner", &TaskEntry::owner, &TaskEntry::set_owner)
       .def_property_readonly("context", &TaskEntry::context);
 
   sessions = PyContextVar_New("pygpukit_torch.sessions", nullptr);
