@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -33,6 +35,18 @@ def test_multi_model() -> None:
     assert "torch.OutOfMemoryError: context 'vision' is out of memory" in output
 
 
+def test_async_models() -> None:
+    output = run("examples/async_models.py")
+    order = re.search(r"^order +(.*)$", output, re.MULTILINE)
+    assert order
+    turns = order[1].split(", ")
+    assert [turn for turn in turns if turn[:3] == "llm"] == [f"llm {step}" for step in range(4)]
+    assert turns.index("vision 0") < turns.index("llm 3"), "they did not take turns"
+    used = [float(used) for used in re.findall(r"used +([\d.]+) MiB", output)]
+    assert len(used) == 3
+    assert min(used) > 0
+
+
 def test_info() -> None:
     output = run("-m", "pygpukit_torch", "info")
     assert re.search(r"^CPU tensors +available", output, re.MULTILINE)
@@ -40,7 +54,8 @@ def test_info() -> None:
     assert re.search(r"^built against +torch 2\.\d+", output, re.MULTILINE)
 
 
-def test_benchmarks(tmp_path: Path) -> None:
-    output = run("-m", "benchmarks", "alloc", "--quick", "--json", str(tmp_path / "alloc.json"))
+@pytest.mark.parametrize("story", ["alloc", "session"])
+def test_benchmarks(story: str, tmp_path: Path) -> None:
+    output = run("-m", "benchmarks", story, "--quick", "--json", str(tmp_path / "result.json"))
     assert "session" in output
-    assert (tmp_path / "alloc.json").stat().st_size > 1000
+    assert (tmp_path / "result.json").stat().st_size > 1000

@@ -1,5 +1,6 @@
 """Runs the snippets of docs/guide.md as they stand there."""
 
+import asyncio
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import pygpukit_torch as pgk
-from pygpukit_torch import GB, MB
+from pygpukit_torch import GB, MB, native
 
 GUIDE = (Path(__file__).parents[2] / "docs/guide.md").read_text()
 
@@ -78,6 +79,75 @@ def test_running_with_context_sessions() -> None:
     assert llm.usage().used == 64 * 256 * 4
     assert tts.usage().used == 64_000
     assert pgk.current_context() is None
+
+
+async def infer(name: str, layer: torch.nn.Module, *shape: int) -> torch.Tensor:
+    """Some layers of a model and some awaits, in the context of that name all the time."""
+    data = torch.ones(shape)
+    for turn in range(10):
+        context = pgk.current_context()
+        assert context is not None
+        assert context.name == name
+        assert native.current_host_stream() == context.stream.id
+        data = layer(data)
+        await asyncio.sleep(0.001 if turn == 5 else 0)
+    return data
+
+
+def test_async_concurrent_execution() -> None:
+    llm = pgk.create_context("llm", 4 * GB)
+    tts = pgk.create_context("tts", 2 * GB)
+    layer = torch.nn.Linear(64, 64).requires_grad_(False)
+    order: list[str] = []
+
+    async def llm_inference_async(prompt: str) -> torch.Tensor:
+        order.append("llm begins")
+        result = await infer("llm", layer, 16, 64)
+        order.append("llm ends")
+        return result
+
+    async def tts_synthesis_async(text: str) -> torch.Tensor:
+        order.append("tts begins")
+        return await infer("tts", layer, 32, 64)
+
+    names = run(
+        "Async Concurrent Execution",
+        llm_ctx=llm,
+        tts_ctx=tts,
+        llm_inference_async=llm_inference_async,
+        tts_synthesis_async=tts_synthesis_async,
+    )
+    assert order == ["llm begins", "tts begins", "llm ends"]
+    text, audio = names["result"]
+    assert llm.usage().used == text.nbytes == 16 * 64 * 4
+    assert tts.usage().used == audio.nbytes == 32 * 64 * 4
+    assert llm.state == tts.state == "idle"
+    assert pgk.current_context() is None
+
+
+def test_complete_example() -> None:
+    layer = torch.nn.Linear(64, 64).requires_grad_(False)
+
+    async def generate_response(user_input: str) -> str:
+        return f"{user_input}: {(await infer('llm', layer, 16, 64)).shape[0]}"
+
+    async def analyze_images(user_input: str) -> int:
+        return (await infer("vision", layer, 8, 64)).numel()
+
+    async def synthesize_speech(text: str) -> torch.Tensor:
+        return await infer("tts", layer, len(text), 64)
+
+    names = run(
+        "Complete Example",
+        generate_response=generate_response,
+        analyze_images=analyze_images,
+        synthesize_speech=synthesize_speech,
+    )
+    result = names["result"]
+    assert result["text"] == "Describe this image and tell me a story: 16. 512"
+    assert result["audio"].shape == (len(result["text"]), 64)
+    assert names["tts_ctx"].usage().used == (result["audio"].nbytes + 511) // 512 * 512
+    assert all(context.state == "idle" for context in pgk.list_contexts())
 
 
 def test_vram_budgeting(capsys: pytest.CaptureFixture[str]) -> None:
