@@ -200,7 +200,7 @@ def test_entering_in_a_capture_is_refused() -> None:
 
 @pytest.mark.parametrize("freed", ["by the consumer", "by the producer", "outside"])
 def test_a_slow_consumer_reads_what_it_was_given(freed: str) -> None:
-    """The producer goes on allocating and writing; whoever drops the tensor last, it stays whole."""
+    """The producer goes on allocating and writing, whoever drops the tensor last."""
     producer, consumer = create_context("producer", GB), create_context("consumer", GB)
 
     async def main() -> int:
