@@ -10,15 +10,25 @@ it is resumed. Loops without sessions are as they were.
 import asyncio
 import contextlib
 import contextvars
+import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from pygpukit_torch import native
 from pygpukit_torch.errors import SessionError
 
 # The methods that schedule callbacks, with the position of the callback in their arguments.
-_SCHEDULERS = {"call_soon": 0, "call_soon_threadsafe": 0, "call_later": 1, "call_at": 1}
+_SCHEDULERS = {
+    "call_soon": 0,
+    "call_soon_threadsafe": 0,
+    "call_later": 1,
+    "call_at": 1,
+    "add_reader": 1,
+    "add_writer": 1,
+    "add_signal_handler": 1,
+}
 
 # An alarm may stay silent once the device has failed: how long nobody notices, in seconds.
 _PATIENCE = 0.25
@@ -34,6 +44,10 @@ def running_loop() -> asyncio.AbstractEventLoop:
         ) from None
 
 
+# The loop's attribute that its _Wrapped is kept in: no table of ours then keeps a loop alive.
+_ATTRIBUTE = "_pygpukit_sessions"
+
+
 class _Wrapped:
     """A loop whose scheduling is wrapped."""
 
@@ -41,15 +55,21 @@ class _Wrapped:
         self.users = 0
         self._own: dict[str, Any] = {}  # what the instance itself had by these names
         self._ours: dict[str, Any] = {}
-        for name, position in _SCHEDULERS.items():
-            self._wrap(loop, name, native.scheduler(getattr(loop, name), position))
-        self._wrap(loop, "create_task", _inheriting(loop, loop.create_task))
+        try:
+            for name, position in _SCHEDULERS.items():
+                self._wrap(loop, name, native.scheduler(getattr(loop, name), position))
+            self._wrap(loop, "create_task", _inheriting(loop, loop.create_task))
+            setattr(loop, _ATTRIBUTE, self)
+        except BaseException:
+            self.unwrap(loop)
+            raise
 
     def _wrap(self, loop: asyncio.AbstractEventLoop, name: str, wrapper: Any) -> None:
-        if name in vars(loop):
-            self._own[name] = vars(loop)[name]
-        self._ours[name] = wrapper
+        own = vars(loop).get(name)
         setattr(loop, name, wrapper)
+        self._ours[name] = wrapper
+        if own is not None:
+            self._own[name] = own
 
     def unwrap(self, loop: asyncio.AbstractEventLoop) -> None:
         """Put back what was there, unless somebody else has wrapped it meanwhile."""
@@ -61,41 +81,54 @@ class _Wrapped:
                 setattr(loop, name, self._own[name])
 
 
-# The loop's attribute that its _Wrapped is kept in: no table of ours then keeps a loop alive.
-_ATTRIBUTE = "_pygpukit_sessions"
-
-# The collector may end a forgotten task at any time.
+# The collector may end a forgotten task at any time, in the middle of what follows, too.
 _lock = threading.RLock()
 
 
-def join(loop: asyncio.AbstractEventLoop) -> None:
-    """Have the loop's steps follow their sessions, until as many calls of :func:`leave`.
+def _renew_lock_in_child() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock_in_child)
+
+
+class Membership:
+    """As long as there is one that has not ended, the loop's steps follow their sessions.
 
     Raises:
         SessionError: the loop's methods cannot be wrapped.
     """
-    with _lock:
-        wrapped = getattr(loop, _ATTRIBUTE, None)
-        if wrapped is None:
-            try:
-                wrapped = _Wrapped(loop)
-                setattr(loop, _ATTRIBUTE, wrapped)
-            except (AttributeError, TypeError) as error:
-                raise SessionError(
-                    f"sessions cannot follow the tasks of {type(loop).__name__}, whose methods "
-                    f"cannot be wrapped: {error}"
-                ) from None
-        wrapped.users += 1
 
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        with _lock:
+            while True:
+                try:
+                    wrapped = getattr(loop, _ATTRIBUTE, None) or _Wrapped(loop)
+                except (AttributeError, TypeError) as error:
+                    raise SessionError(
+                        f"sessions cannot follow the tasks of {type(loop).__name__}, whose methods "
+                        f"cannot be wrapped: {error}"
+                    ) from None
+                wrapped.users += 1
+                if getattr(loop, _ATTRIBUTE, None) is wrapped:
+                    break
+            self._loop = loop
 
-def leave(loop: asyncio.AbstractEventLoop) -> None:
-    """End what :func:`join` began."""
-    with _lock:
-        wrapped = getattr(loop, _ATTRIBUTE)
-        wrapped.users -= 1
-        if wrapped.users == 0:
-            delattr(loop, _ATTRIBUTE)
-            wrapped.unwrap(loop)
+    def end(self) -> None:
+        """Take this one away. Once is enough, and being forgotten does it, too."""
+        with _lock:
+            loop, self._loop = self._loop, None
+            if loop is None:
+                return
+            wrapped = getattr(loop, _ATTRIBUTE)
+            wrapped.users -= 1
+            if wrapped.users == 0:
+                delattr(loop, _ATTRIBUTE)
+                wrapped.unwrap(loop)
+
+    __del__ = end
 
 
 def innermost(entries: tuple[native.TaskEntry, ...]) -> native.TaskEntry | None:
@@ -115,29 +148,34 @@ def _inheriting(
         if context is None:
             if outer is None:
                 return create_task(coro, **options)
-            context = contextvars.copy_context()
-        elif outer is None or outer is not innermost(context.get(native.sessions, ())):
-            # It belongs to other tasks, or to none: their sessions are theirs.
-            return create_task(coro, context=context, **options)
-        inherited = native.TaskEntry(outer.context)
-        # The caller may want to share his own, which cannot be entered twice.
-        with contextlib.suppress(RuntimeError):
-            context.run(native.sessions.set, (inherited,))
-        join(loop)
+            variables = contextvars.copy_context()
+            # Not every task factory takes a context: the task will copy this one.
+            make = partial(create_task, coro, **options)
+            entries: tuple[native.TaskEntry, ...] = ()
+        else:
+            make = partial(create_task, coro, context=context, **options)
+            entries = context.get(native.sessions, ())
+            inner = innermost(entries)
+            if outer is None or inner is None or inner.context is not outer.context:
+                return make()  # other tasks' variables, or none's: their sessions are theirs
+            variables = context
+        inherited = native.TaskEntry(outer.context, None)
+        membership = Membership(loop)
 
         def end(_: object = None) -> None:
             inherited.close()
-            leave(loop)
+            membership.end()
 
+        # The caller may want to share his own variables, which cannot be entered twice.
+        with contextlib.suppress(RuntimeError):
+            variables.run(native.sessions.set, (*entries, inherited))
+        # An eager task runs its first step right here.
+        make = partial(native.run_step_of, variables, make)
         try:
-            # An eager task runs its first step right here.
-            task: asyncio.Task[Any] = native.run_step_of(
-                context, create_task, coro, context=context, **options
-            )
+            task = make() if context is not None else variables.run(make)
         except BaseException:
             end()
             raise
-        inherited.owner = id(task)
         if task.done():
             end()
         else:
@@ -152,14 +190,14 @@ async def wait(is_done: Callable[[], bool], notify: Callable[[native.Alarm], Non
 
     Raises what the two raise.
     """
+    loop = running_loop()
     if is_done():
         return
-    loop = running_loop()
     alarm = native.Alarm()
-    woken = loop.create_future()
+    woken: asyncio.Future[None] | None = None
 
     def wake() -> None:
-        if not woken.done():
+        if woken is not None and not woken.done():
             woken.set_result(None)
 
     def ring() -> None:

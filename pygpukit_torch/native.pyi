@@ -271,6 +271,13 @@ class Session:
     ) -> None: ...
     def enter(self) -> None: ...
     def exit(self) -> None: ...
+    def leave(self) -> None:
+        """Exit without waiting for the work."""
+
+    @property
+    def is_entered_here(self) -> bool:
+        """Whether the calling thread has entered it."""
+
     def begin(self) -> None:
         """Do what entering does on the device, and refuse what it refuses."""
 
@@ -300,13 +307,19 @@ class Hold:
 class TaskEntry:
     """That a task is in a context; keeps it active until it is closed or forgotten."""
 
-    def __init__(self, context: Context, owner: int = 0) -> None: ...
+    def __init__(self, context: Context, task: object) -> None: ...
     def close(self) -> bool: ...
     @property
     def is_open(self) -> bool:
         """False also in other threads than the one that made it, and in a forked child."""
 
-    owner: int
+    def is_by(self, task: object) -> bool:
+        """Whether it is that task's."""
+
+    @property
+    def is_of_these_variables(self) -> bool:
+        """Whether it was entered in the contextvars that are current now, not in a copy of them."""
+
     @property
     def context(self) -> Context: ...
 

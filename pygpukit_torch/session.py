@@ -3,10 +3,12 @@
 import asyncio
 import contextvars
 import inspect
-from collections.abc import Callable, Generator
+import sys
+from collections.abc import Callable, Coroutine, Generator
+from dataclasses import dataclass
 from functools import partial, wraps
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 
@@ -21,12 +23,15 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class _Entry(NamedTuple):
+@dataclass(eq=False)
+class _Entry:
     """A session entered by a task of an event loop, or by a callback of one."""
 
     native: native.TaskEntry
-    loop: asyncio.AbstractEventLoop
+    membership: event_loop.Membership
     step: int  # the number of the step; 0 if the loop did not know yet that there are sessions
+    frame: int  # what called __aenter__ and will call __aexit__; 0 if it need not be the same
+    guard: asyncio.Handle | None = None
 
 
 class ContextSession(native.Session):
@@ -49,32 +54,34 @@ class ContextSession(native.Session):
 
     # Tasks ---------------------------------------------------------------------------------------
 
-    def _begin_in_task(self) -> _Entry:
+    def _begin_in_task(self, frame: int = 0) -> _Entry:
         loop = event_loop.running_loop()
         task = asyncio.current_task()
         entries = native.sessions.get(())
         outer = event_loop.innermost(entries)
-        if outer is not None and outer.owner not in (0, id(task)):
-            self._refuse_shared_variables(loop, outer)
-        event_loop.join(loop)
-        try:
-            entry = _Entry(
-                native.TaskEntry(self.context._native, id(task)), loop, native.step_number()
-            )
-            self.begin()
-        except BaseException:
-            event_loop.leave(loop)
-            raise
+        if outer is not None:
+            self._require_own_variables(outer, task, loop)
+        entry = _Entry(
+            native.TaskEntry(self.context._native, task),
+            event_loop.Membership(loop),
+            native.step_number(),
+            frame,
+        )
         native.sessions.set((*(entry for entry in entries if entry.is_open), entry.native))
         self._entries.append(entry)
         return entry
 
-    def _refuse_shared_variables(
-        self, loop: asyncio.AbstractEventLoop, outer: native.TaskEntry
+    def _require_own_variables(
+        self,
+        outer: native.TaskEntry,
+        task: asyncio.Task[Any] | None,
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
         # Two tasks whose steps alternate cannot have one stack of sessions. One that has ended can
         # leave it to the next: that is how asyncio.Runner and test fixtures work.
-        if outer.owner in map(id, asyncio.all_tasks(loop)):
+        if task is None or outer.is_by(task) or not outer.is_of_these_variables:
+            return
+        if any(outer.is_by(other) for other in asyncio.all_tasks(loop)):
             raise SessionError(
                 f"context {self.context.name!r} cannot be entered: another task, which shares this "
                 f"one's contextvars, is in context {outer.context.name!r}; make tasks with "
@@ -83,82 +90,109 @@ class ContextSession(native.Session):
 
     def _end_in_task(self, entry: _Entry) -> None:
         self._entries.remove(entry)
+        if entry.guard is not None:
+            entry.guard.cancel()
         entry.native.close()
         entries = native.sessions.get(())
         if entry.native in entries:
             native.sessions.set(tuple(other for other in entries if other is not entry.native))
             if native.step_number():
                 native.follow_task()
-        event_loop.leave(entry.loop)
+        entry.membership.end()
 
-    def _entry_of_task(self) -> _Entry | None:
+    def _entry_here(self) -> _Entry | None:
+        """Return the innermost among the sessions of the task that runs."""
+        ours = {id(entry.native): entry for entry in list(self._entries)}
         for one in reversed(native.sessions.get(())):
-            for entry in self._entries:
-                if entry.native is one:
-                    return entry
-        # Left by another task than the one that entered: the loop finishes forgotten generators so.
-        return self._entries[-1] if self._entries else None
+            if id(one) in ours:
+                return ours[id(one)]
+        return None
 
     def _enter_in_task(self) -> "ContextSession":
         """``with`` in an event loop: native.Session.__enter__ calls it."""
         entry = self._begin_in_task()
         try:
             if entry.step:
+                self.begin()
                 native.follow_task()
             else:
                 self.enter()
+                # The step that runs cannot be told when it ends. The next thing that runs after it
+                # sees to it that no other task is in this one's context for longer.
+                loop = asyncio.get_running_loop()
+                entry.guard = loop.call_soon(self._drop, context=contextvars.Context())
         except BaseException:
             self._end_in_task(entry)
             raise
         return self
 
-    def _exit_in_task(self) -> None:
-        entry = self._entry_of_task()
+    def _drop(self) -> None:
+        if self.is_entered_here:
+            self.leave()
+
+    def _exit_in_task(self, kind: type[BaseException] | None = None, *_: object) -> None:
+        entry = self._entry_here()
         if entry is None:
             self.exit()
             return
         try:
-            if not entry.step:
+            if self.is_entered_here and not entry.step:
                 self.exit()
             elif entry.native.is_open:  # not in a forked child
                 self.finish()
         finally:
             self._end_in_task(entry)
-        if entry.step != native.step_number():
+        crossed = entry.step != native.step_number()
+        # Not instead of what must get through: a cancellation, say.
+        if crossed and (kind is None or issubclass(kind, Exception)):
             raise SessionError(
                 f"the session of context {self.context.name!r} was entered by 'with' and held "
                 "across an 'await': use 'async with'"
             )
 
-    async def __aenter__(self) -> "ContextSession":
-        entry = self._begin_in_task()
-        if entry.step:
-            native.follow_task()
-            return self
+    # Not coroutines: the frame that calls them tells which entry is which, where tasks share a
+    # session object and one of them is closed in the middle of a step of another.
+
+    def __aenter__(self) -> Coroutine[Any, Any, "ContextSession"]:
+        return self._enter_for(_lasting(sys._getframe(1)))
+
+    def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> Coroutine[Any, Any, None]:
+        return self._exit_for(_lasting(sys._getframe(1)), kind)
+
+    async def _enter_for(self, frame: int) -> "ContextSession":
+        entry = self._begin_in_task(frame)
         try:
+            self.begin()
+            if entry.step:
+                native.follow_task()
+                return self
             # This step began before the loop knew of the session; the next one is in it.
             await asyncio.sleep(0)
             if not native.step_number():
+                loop = asyncio.get_running_loop()
                 raise SessionError(
-                    f"sessions cannot follow the tasks of {type(entry.loop).__name__}: it does not "
-                    "run their steps by call_soon()"
+                    f"sessions cannot follow the tasks of {type(loop).__name__}: it does not run "
+                    "their steps by call_soon()"
                 )
         except BaseException:
             self._end_in_task(entry)
             raise
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        entry = self._entry_of_task()
+    async def _exit_for(self, frame: int, kind: type[BaseException] | None) -> None:
+        own = [entry for entry in list(self._entries) if frame and entry.frame == frame]
+        entry = own[-1] if own else self._entry_here()
         if entry is None:
             raise SessionError(
-                f"the session of context {self.context.name!r} was left without being entered"
+                f"the session of context {self.context.name!r} was left by a task that had not "
+                "entered it"
             )
+        is_here = entry.native in native.sessions.get(()) and entry.native.is_open
         is_done = not (entry.native.is_open and self.has_work)
         try:
             # A coroutine that is being closed cannot wait.
@@ -169,6 +203,12 @@ class ContextSession(native.Session):
             self._end_in_task(entry)
             if not is_done:
                 self.follow()
+        # An asynchronous generator that each time another task asks for the next value.
+        if not is_here and kind is None and not self.context._runtime.is_foreign:
+            raise SessionError(
+                f"the session of context {self.context.name!r} was left by another task or thread "
+                "than the one that had entered it: what ran there was outside of it"
+            )
 
     # More ways to use it -------------------------------------------------------------------------
 
@@ -189,7 +229,9 @@ class ContextSession(native.Session):
         """
         self.context._require_alive()
         device = self.context._runtime.device
-        await event_loop.wait(*completion_of(target or self.context.stream, device))
+        if target is None:
+            target = self.context.stream
+        await event_loop.wait(*completion_of(target, device))
 
     async def to_thread(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call ``fn`` in a thread of the loop's default executor, in a session of the context.
@@ -225,29 +267,23 @@ class ContextSession(native.Session):
         """
         if not callable(fn):
             raise TypeError(f"a session decorates callables, got {type(fn).__name__} {fn!r}")
-        wrapper: Any
+        around: Any = _around_function
         if inspect.iscoroutinefunction(fn):
-            wrapper = _around_coroutine
-        elif inspect.isasyncgenfunction(fn):
-            wrapper = _around_async_generator
+            around = _around_coroutine
         elif inspect.isgeneratorfunction(fn):
-            wrapper = _around_generator
-        else:
-            wrapper = _around_function
-        decorated: Callable[P, R] = wrapper(self, fn)
+            around = _around_generator
+        elif inspect.isasyncgenfunction(fn):
+            around = _around_async_generator
+        decorated: Callable[P, R] = around(self, fn)
         return decorated
 
     def __repr__(self) -> str:
         return f"<ContextSession of {self.context.name!r}>"
 
 
-def _around_function(session: ContextSession, fn: Any) -> Any:
-    @wraps(fn)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with session:
-            return fn(*args, **kwargs)
-
-    return call
+def _lasting(frame: FrameType) -> int:
+    # contextlib's exit stacks enter and exit from different ones.
+    return 0 if frame.f_globals.get("__name__") == "contextlib" else id(frame)
 
 
 def _around_coroutine(session: ContextSession, fn: Any) -> Any:
@@ -255,6 +291,23 @@ def _around_coroutine(session: ContextSession, fn: Any) -> Any:
     async def call(*args: Any, **kwargs: Any) -> Any:
         async with session:
             return await fn(*args, **kwargs)
+
+    return call
+
+
+def _around_function(session: ContextSession, fn: Any) -> Any:
+    @wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with session:
+            result = fn(*args, **kwargs)
+        # What has only been made so far must run in the session, too.
+        if inspect.iscoroutine(result):
+            return _around_coroutine(session, lambda: result)()
+        if inspect.isgenerator(result):
+            return _around_generator(session, lambda: result)()
+        if inspect.isasyncgen(result):
+            return _around_async_generator(session, lambda: result)()
+        return result
 
     return call
 

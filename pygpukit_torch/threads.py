@@ -49,10 +49,10 @@ def _start_in_context(self: threading.Thread) -> None:
 
 
 def _serves_a_pool(thread: threading.Thread) -> bool:
-    """Whether it is a thread of ``concurrent.futures``, which outlives the call that starts it."""
+    """Whether it is a pool's, of ``concurrent.futures`` or anyio: it outlives what starts it."""
     target = getattr(thread, "_target", None)
     modules = (type(thread).__module__, getattr(target, "__module__", None) or "")
-    return any(module.startswith("concurrent.futures") for module in modules)
+    return any(module.startswith(("concurrent.futures", "anyio.")) for module in modules)
 
 
 @wraps(_submit)

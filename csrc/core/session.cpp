@@ -24,7 +24,7 @@ struct Entry {
   std::shared_ptr<Context> context;  // null: a step that stays in what the thread is in
   bool keeps_active = false;
   std::uint64_t step = 0;
-  const void* task = nullptr;
+  const void* variables = nullptr;
   ThreadStreams* streams = nullptr;  // null if it switched none
   ThreadStreams::Saved before = 0;   // the thread's stream, if it did
 
@@ -50,6 +50,7 @@ struct Registry {
   std::mutex mutex;  // before a thread's own
   std::unordered_set<ThreadEntries*> threads;
   std::atomic<std::uint64_t> next_session{1};
+  std::atomic<std::uint64_t> next_thread{1};
   std::atomic<std::uint64_t> forks{0};
 };
 
@@ -69,6 +70,7 @@ struct ThreadEntries {
   std::vector<Entry> stack;
   WayBack stale;  // where stream_is_stale
   std::uint64_t steps = 0;
+  std::uint64_t number = registry().next_thread.fetch_add(1);  // an address could come again
   std::atomic<Context*>* current = &detail::current_context;
   std::atomic<bool>* stream_is_stale = &detail::stream_is_stale;
 
@@ -84,6 +86,7 @@ struct ThreadEntries {
     }
     // Destructors of other thread-locals may still allocate.
     current->store(nullptr, std::memory_order_relaxed);
+    stream_is_stale->store(false, std::memory_order_relaxed);
     for (const Entry& entry : stack) entry.end();
   }
 
@@ -114,14 +117,25 @@ struct ThreadEntries {
   // What the thread has to do itself for its stream to follow.
   WayBack remove(std::vector<Entry>::iterator entry) {
     const WayBack back{entry->streams, entry->before, nullptr};
-    const auto above = std::find_if(std::next(entry), stack.end(),
-                                    [](const Entry& other) { return other.streams != nullptr; });
+    const auto above = std::find_if(std::next(entry), stack.end(), [&](const Entry& other) {
+      return back.streams != nullptr && other.streams == back.streams;
+    });
     const bool is_covered = above != stack.end();
-    if (is_covered && back.streams != nullptr) above->before = back.saved;
+    if (is_covered) above->before = back.saved;
     stack.erase(entry);
     follow_stack();
     if (is_covered) return {};
     return {back.streams, back.saved, innermost()};
+  }
+
+  // The same by the thread itself, which takes the way back at once: an older one is void then.
+  WayBack remove_own(std::vector<Entry>::iterator entry) {
+    WayBack back = remove(entry);
+    if (back.streams != nullptr) {
+      stale = {};
+      stream_is_stale->store(false, std::memory_order_relaxed);
+    }
+    return back;
   }
 
   // The same by another thread.
@@ -145,7 +159,7 @@ struct ThreadEntries {
     if (entry.context) entry.streams = entry.context->thread_streams();
     if (entry.streams != nullptr) entry.before = entry.streams->enter(entry.context);
     const std::lock_guard lock(mutex);
-    if (stream_is_stale->exchange(false)) {
+    if (entry.streams != nullptr && stream_is_stale->exchange(false)) {
       // The session that was current on the way here has been taken back meanwhile.
       entry.before = std::exchange(stale, {}).saved;
     }
@@ -161,7 +175,7 @@ struct ThreadEntries {
     {
       const std::lock_guard lock(mutex);
       top = stack.back();
-      back = remove(std::prev(stack.end()));
+      back = remove_own(std::prev(stack.end()));
     }
     back.take();
     top.end();
@@ -221,7 +235,6 @@ void Session::enter() {
 }
 
 void Session::exit() {
-  ThreadEntries& own = thread_entries();
   mend_stream();
   std::exception_ptr failure;
   try {
@@ -229,13 +242,20 @@ void Session::exit() {
   } catch (const Error&) {
     failure = std::current_exception();
   }
+  leave();
+  if (failure) std::rethrow_exception(failure);
+}
+
+void Session::leave() {
+  ThreadEntries& own = thread_entries();
+  mend_stream();
   bool here = false;
   WayBack back;
   {
     const std::lock_guard lock(own.mutex);
     if (const auto entry = own.find(id_); entry != own.stack.end()) {
       here = true;
-      back = own.remove(entry);
+      back = own.remove_own(entry);
     }
   }
   bool elsewhere = false;
@@ -251,7 +271,6 @@ void Session::exit() {
     entries_.fetch_sub(1, std::memory_order_relaxed);
     if (keeps_active_) context_->end_session();
   }
-  if (failure) std::rethrow_exception(failure);
   if (here) return;
   throw Error(ErrorCode::session,
               "the session of context '" + context_->name() + "' was left in a thread that had " +
@@ -285,10 +304,11 @@ void Session::follow() const {
   if (ordered_ && streams != nullptr) streams->follow(*context_);
 }
 
-TaskEntry::TaskEntry(std::shared_ptr<Context> context, std::uint64_t owner)
+TaskEntry::TaskEntry(std::shared_ptr<Context> context, const void* task, const void* variables)
     : context_(std::move(context)),
-      owner_(owner),
-      thread_(&detail::current_context),
+      task_(task),
+      variables_(variables),
+      thread_(thread_entries().number),
       process_(this_process()) {
   context_->begin_session(true);
 }
@@ -300,15 +320,15 @@ bool TaskEntry::close() {
 }
 
 bool TaskEntry::is_open_here() const {
-  return open_.load(std::memory_order_relaxed) && thread_ == &detail::current_context &&
+  return open_.load(std::memory_order_relaxed) && thread_ == thread_entries().number &&
          process_ == this_process();
 }
 
-Step::Step(const void* task, std::shared_ptr<Context> context) {
+Step::Step(const void* variables, std::shared_ptr<Context> context) {
   ThreadEntries& own = thread_entries();
   mend_stream();
   number_ = ++own.steps;
-  own.push({.context = std::move(context), .step = number_, .task = task});
+  own.push({.context = std::move(context), .step = number_, .variables = variables});
 }
 
 Step::~Step() {
@@ -318,9 +338,9 @@ Step::~Step() {
   while (own.pop().step != number_) continue;
 }
 
-std::uint64_t Step::number(const void* task) {
+std::uint64_t Step::number(const void* variables) {
   const Entry step = thread_entries().innermost_step();
-  return step.task == task ? step.step : 0;
+  return step.variables == variables ? step.step : 0;
 }
 
 void Step::move_to(std::shared_ptr<Context> context) {
@@ -352,7 +372,9 @@ void forget_sessions_in_child() {
                                     [](const Entry& entry) { return entry.streams != nullptr; });
     if (first != own->stack.end()) first->streams->leave(first->before, nullptr);
     own->stack.clear();
+    own->stale = {};
   }
+  detail::stream_is_stale.store(false, std::memory_order_relaxed);
   detail::current_context.store(nullptr, std::memory_order_relaxed);
 }
 

@@ -38,6 +38,8 @@ class Session {
   // ErrorCode::device if the work failed; the session is left all the same.
   // In a forked child it does nothing: no session survives a fork.
   void exit();
+  // As exit(), without waiting for the work.
+  void leave();
 
   bool is_entered_here() const;
 
@@ -76,9 +78,10 @@ class Hold {
 // it is closed.
 class TaskEntry {
  public:
-  // Throws ErrorCode::context_destroyed or ErrorCode::forked. `owner` is the caller's to give a
-  // meaning.
-  explicit TaskEntry(std::shared_ptr<Context> context, std::uint64_t owner = 0);
+  // Throws ErrorCode::context_destroyed or ErrorCode::forked. `task` and `variables` say who
+  // entered, and where that is noted; only their identities matter.
+  explicit TaskEntry(std::shared_ptr<Context> context, const void* task = nullptr,
+                     const void* variables = nullptr);
   ~TaskEntry() { close(); }
   TaskEntry(const TaskEntry&) = delete;
   TaskEntry& operator=(const TaskEntry&) = delete;
@@ -87,15 +90,16 @@ class TaskEntry {
   bool close();
   // Not after close(), nor in another thread than that which made it, nor in a forked child.
   bool is_open_here() const;
-  std::uint64_t owner() const { return owner_; }
-  void set_owner(std::uint64_t owner) { owner_ = owner; }
+  const void* task() const { return task_; }
+  const void* variables() const { return variables_; }
   const std::shared_ptr<Context>& context() const { return context_; }
 
  private:
   std::shared_ptr<Context> context_;
-  std::uint64_t owner_;
+  const void* task_;
+  const void* variables_;
   std::atomic<bool> open_{true};
-  const void* thread_;
+  std::uint64_t thread_;
   std::uint64_t process_;
 };
 
@@ -103,14 +107,15 @@ class TaskEntry {
 // then again in what it was in. What is entered within and not left is left then.
 class Step {
  public:
-  // Without a context the thread stays in what it is in. `task` is how the step is recognised.
-  Step(const void* task, std::shared_ptr<Context> context);
+  // Without a context the thread stays in what it is in. `variables`, the task's, are how the step
+  // is recognised.
+  Step(const void* variables, std::shared_ptr<Context> context);
   ~Step();
   Step(const Step&) = delete;
   Step& operator=(const Step&) = delete;
 
-  // The number of the calling thread's innermost step if it is one of `task`, else 0.
-  static std::uint64_t number(const void* task);
+  // The number of the calling thread's innermost step if it has these variables, else 0.
+  static std::uint64_t number(const void* variables);
   // Goes on in another context, or in what the thread was in. There must be a step, the innermost
   // on the stack.
   static void move_to(std::shared_ptr<Context> context);

@@ -6,6 +6,7 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "core/session.h"
@@ -20,13 +21,14 @@ namespace {
 PyObject* sessions = nullptr;  // the context variable: a tuple of TaskEntry, outermost first
 PyObject* run_step = nullptr;  // run_step_in_session, as a callable
 PyObject* context_name = nullptr;
+PyObject* callback_name = nullptr;
 PyObject* get_name = nullptr;
 
 std::shared_ptr<Context> innermost(PyObject* entries) {
   if (entries == nullptr || !PyTuple_Check(entries)) return nullptr;
   for (Py_ssize_t i = PyTuple_GET_SIZE(entries); i-- > 0;) {
-    const auto& entry = py::cast<const TaskEntry&>(PyTuple_GET_ITEM(entries, i));
-    if (entry.is_open_here()) return entry.context();
+    const auto* entry = py::handle(PyTuple_GET_ITEM(entries, i)).cast<const TaskEntry*>();
+    if (entry->is_open_here()) return entry->context();
   }
   return nullptr;
 }
@@ -44,7 +46,8 @@ PyObject* entries_in(PyObject* context) {
   return value;
 }
 
-const void* this_task() {
+// The contextvars.Context that the thread is in: each task has its own.
+const void* this_variables() {
   return PyThreadState_Get()->context;
 }
 
@@ -68,7 +71,7 @@ PyObject* run_step_in_session(PyObject* /*module*/, PyObject* const* args, Py_ss
   }
   return translated([&] {
     const auto entries = py::reinterpret_steal<py::object>(entries_here());
-    const Step step(this_task(), innermost(entries.ptr()));
+    const Step step(this_variables(), innermost(entries.ptr()));
     return PyObject_Vectorcall(args[0], args + 1, static_cast<std::size_t>(count - 1), nullptr);
   });
 }
@@ -93,15 +96,18 @@ PyObject* schedule(PyObject* self, PyObject* const* args, Py_ssize_t count, PyOb
   const auto position = PyLong_AsSsize_t(PyTuple_GET_ITEM(self, 1));
   const Py_ssize_t named = names == nullptr ? 0 : PyTuple_GET_SIZE(names);
   PyObject* context = Py_None;
+  Py_ssize_t callback = count > position ? position : -1;
   for (Py_ssize_t i = 0; i < named; ++i) {
-    if (PyUnicode_Compare(PyTuple_GET_ITEM(names, i), context_name) == 0) context = args[count + i];
+    PyObject* name = PyTuple_GET_ITEM(names, i);
+    if (PyUnicode_Compare(name, context_name) == 0) context = args[count + i];
+    if (PyUnicode_Compare(name, callback_name) == 0) callback = count + i;
   }
   return translated([&] {
     const auto entries = py::reinterpret_steal<py::object>(
         PyContext_CheckExact(context) ? entries_in(context) : entries_here());
     const bool in_session = entries && PyTuple_Check(entries.ptr()) &&
-                            PyTuple_GET_SIZE(entries.ptr()) > 0 && count > position &&
-                            args[position] != run_step;
+                            PyTuple_GET_SIZE(entries.ptr()) > 0 && callback >= 0 &&
+                            args[callback] != run_step;
     if (!in_session) {
       return PyObject_Vectorcall(own, args, static_cast<std::size_t>(count), names);
     }
@@ -110,9 +116,17 @@ PyObject* schedule(PyObject* self, PyObject* const* args, Py_ssize_t count, PyOb
     const auto total = static_cast<std::size_t>(count + named + 1);
     if (total > few.size()) many.resize(total);
     PyObject** wrapped = total > few.size() ? many.data() : few.data();
-    PyObject** end = std::copy(args, args + position, wrapped);
+    if (callback >= count) {  // by name
+      const py::object step =
+          py::module_::import("functools")
+              .attr("partial")(py::handle(run_step), py::handle(args[callback]));
+      std::copy(args, args + count + named, wrapped);
+      wrapped[callback] = step.ptr();
+      return PyObject_Vectorcall(own, wrapped, static_cast<std::size_t>(count), names);
+    }
+    PyObject** end = std::copy(args, args + callback, wrapped);
     *end++ = run_step;
-    std::copy(args + position, args + count + named, end);
+    std::copy(args + callback, args + count + named, end);
     return PyObject_Vectorcall(own, wrapped, static_cast<std::size_t>(count + 1), names);
   });
 }
@@ -140,15 +154,23 @@ void bind_event_loop(py::module_& module) {
       .def("ring", &EventFd::ring);
 
   py::class_<TaskEntry, std::shared_ptr<TaskEntry>>(module, "TaskEntry")
-      .def(py::init<std::shared_ptr<Context>, std::uint64_t>(), py::arg("context").none(false),
-           py::arg("owner") = 0)
+      .def(py::init([](std::shared_ptr<Context> context, const py::object& task) {
+             const void* entered_by = task.is_none() ? nullptr : task.ptr();
+             return std::make_shared<TaskEntry>(std::move(context), entered_by, this_variables());
+           }),
+           py::arg("context").none(false), py::arg("task"))
       .def("close", &TaskEntry::close)
       .def_property_readonly("is_open", &TaskEntry::is_open_here)
-      .def_property("owner", &TaskEntry::owner, &TaskEntry::set_owner)
+      .def("is_by",
+           [](const TaskEntry& self, py::handle task) { return self.task() == task.ptr(); })
+      .def_property_readonly(
+          "is_of_these_variables",
+          [](const TaskEntry& self) { return self.variables() == this_variables(); })
       .def_property_readonly("context", &TaskEntry::context);
 
   sessions = PyContextVar_New("pygpukit_torch.sessions", nullptr);
   context_name = PyUnicode_InternFromString("context");
+  callback_name = PyUnicode_InternFromString("callback");
   get_name = PyUnicode_InternFromString("get");
   run_step = callable(run_step_method, nullptr).release().ptr();
   module.attr("sessions") = py::reinterpret_borrow<py::object>(sessions);
@@ -161,7 +183,7 @@ void bind_event_loop(py::module_& module) {
         return callable(schedule_method, py::make_tuple(own, position).ptr());
       },
       py::arg("own"), py::arg("position"));
-  module.def("step_number", [] { return Step::number(this_task()); });
+  module.def("step_number", [] { return Step::number(this_variables()); });
   module.def("follow_task", [] {
     Step::move_to(innermost(py::reinterpret_steal<py::object>(entries_here()).ptr()));
   });

@@ -18,9 +18,9 @@ void let_go_of_the_gil_to_block() {
   });
 }
 
+PyObject* running_loop = nullptr;  // asyncio's function
+
 bool in_event_loop() {
-  static PyObject* running_loop =
-      py::object(py::module_::import("asyncio").attr("_get_running_loop")).release().ptr();
   PyObject* loop = PyObject_CallNoArgs(running_loop);
   if (loop == nullptr) throw py::error_already_set();
   Py_DECREF(loop);
@@ -31,6 +31,8 @@ bool in_event_loop() {
 
 void bind_session(py::module_& module) {
   let_go_of_the_gil_to_block();
+  running_loop =
+      py::object(py::module_::import("asyncio").attr("_get_running_loop")).release().ptr();
   py::class_<ThreadStreams, std::unique_ptr<ThreadStreams, py::nodelete>>(module, "ThreadStreams");
 
   py::class_<Session>(module, "Session")
@@ -38,6 +40,8 @@ void bind_session(py::module_& module) {
            py::arg("ordered") = true, py::arg("keeps_active") = true)
       .def("enter", &Session::enter)
       .def("exit", &Session::exit)
+      .def("leave", &Session::leave)
+      .def_property_readonly("is_entered_here", &Session::is_entered_here)
       .def("begin", &Session::begin)
       .def_property_readonly("has_work", &Session::has_work)
       .def("finish", &Session::finish)
@@ -48,10 +52,10 @@ void bind_session(py::module_& module) {
              self.cast<Session&>().enter();
              return self;
            })
-      .def("__exit__", [](const py::object& self, const py::args& /*error*/) {
+      .def("__exit__", [](const py::object& self, const py::args& error) {
         auto& session = self.cast<Session&>();
         if (in_event_loop() || !session.is_entered_here()) {
-          self.attr("_exit_in_task")();
+          self.attr("_exit_in_task")(*error);
         } else {
           session.exit();
         }

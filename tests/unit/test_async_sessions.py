@@ -403,7 +403,7 @@ def test_with_across_an_await_is_an_error_and_harms_nobody_after(
 
 def test_leaving_what_was_not_entered(run: Run[Any], a: pgk.ExecutionContext) -> None:
     async def main() -> None:
-        with pytest.raises(SessionError, match="'a' was left without being entered"):
+        with pytest.raises(SessionError, match="'a' was left by a task that had not"):
             await context_session(a).__aexit__(None, None, None)
         with pytest.raises(SessionError, match="not entered it, and no other has"):
             context_session(a).__exit__(None, None, None)
@@ -465,6 +465,261 @@ def test_tasks_that_share_contextvars(
 
     run(main())
     assert a.state == b.state == "idle"
+
+
+def wrapped(loop: asyncio.AbstractEventLoop) -> bool:
+    return hasattr(loop, event_loop._ATTRIBUTE) or "call_soon" in vars(loop)
+
+
+def test_a_shared_session_object_and_a_forgotten_task(
+    run: Run[Any], a: pgk.ExecutionContext
+) -> None:
+    """It is closed by the collector, in the middle of a step of another user of the object."""
+    session = context_session(a)
+
+    async def forever() -> None:
+        async with session:
+            await asyncio.get_running_loop().create_future()
+
+    async def main() -> None:
+        task = asyncio.create_task(forever())
+        await until(lambda: a.state == "active")
+        await asyncio.sleep(0.005)
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+        gc.disable()
+        del task
+        async with session:
+            assert here() is a
+            gc.collect()
+            await stays(a)
+            gc.collect()
+            await stays(a)
+        gc.enable()
+        await stays(None)
+
+    run(main())
+    assert a.state == "idle"
+
+
+def test_a_shared_session_object_and_a_forgotten_generator(
+    run: Run[Any], a: pgk.ExecutionContext
+) -> None:
+    session = context_session(a)
+
+    async def numbers() -> AsyncIterator[int]:
+        async with session:
+            yield 1
+
+    async def forget() -> None:
+        generator = numbers()
+        await anext(generator)
+        del generator
+        gc.collect()
+
+    async def main() -> None:
+        async with session:
+            await asyncio.create_task(forget())
+            await asyncio.sleep(0.005)
+            await stays(a)
+
+    run(main())
+    assert a.state == "idle"
+
+
+def test_leaving_by_a_thread_harms_no_task(run: Run[Any], a: pgk.ExecutionContext) -> None:
+    async def main() -> None:
+        session = context_session(a)
+        async with session:
+            with pytest.raises(SessionError, match="no other has"):
+                await asyncio.get_running_loop().run_in_executor(
+                    None, session.__exit__, None, None, None
+                )
+            await stays(a)
+
+    # Pool work that is submitted in the session has a session of its own there.
+    run(main())
+    assert a.state == "idle"
+
+
+def test_a_generator_that_other_tasks_advance_is_told(
+    run: Run[Any], a: pgk.ExecutionContext
+) -> None:
+    async def numbers() -> AsyncIterator[pgk.ExecutionContext | None]:
+        async with context_session(a):
+            for _ in range(2):
+                await asyncio.sleep(0)
+                yield here()
+
+    decorated = context_session(a)(numbers_outside)
+
+    async def main() -> None:
+        generator = numbers()
+        seen = []
+        for _ in range(2):
+            seen.append(await asyncio.create_task(anext(generator)))  # type: ignore[arg-type]
+        with pytest.raises(SessionError, match="left by another task or thread"):
+            await asyncio.create_task(anext(generator))  # type: ignore[arg-type]
+        assert seen[0] is a
+        generator = decorated()
+        for _ in range(2):
+            assert await asyncio.create_task(anext(generator)) is a  # type: ignore[arg-type]
+        await stays(None)
+
+    run(main())
+    assert a.state == "idle"
+
+
+async def numbers_outside() -> AsyncIterator[pgk.ExecutionContext | None]:
+    for _ in range(2):
+        await asyncio.sleep(0)
+        yield here()
+
+
+def test_tasks_in_variables_that_are_given_to_them(
+    run: Run[Any], a: pgk.ExecutionContext, b: pgk.ExecutionContext
+) -> None:
+    async def main() -> None:
+        async with context_session(a):
+            shared = contextvars.copy_context()
+            async with asyncio.TaskGroup() as group:
+                group.create_task(stays(a, 2), context=shared)
+                group.create_task(stays(a, 30), context=shared)
+                group.create_task(later_outside(), context=contextvars.Context())
+            await stays(a)
+            mine = asyncio.create_task(stays(a, 3))
+            await mine
+        await stays(None)
+
+    async def later_outside() -> None:
+        await asyncio.sleep(0)  # an eager first step is where its maker is
+        await stays(None)
+
+    run(main())
+    assert a.state == b.state == "idle"
+
+
+def test_sessions_in_callbacks(
+    run: Run[Any], a: pgk.ExecutionContext, b: pgk.ExecutionContext
+) -> None:
+    seen: list[pgk.ExecutionContext | None] = []
+
+    def callback(*_: object) -> None:
+        before = here()
+        with context_session(b):
+            assert here() is b
+        assert here() is before
+        seen.append(before)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        reader, writer = os.pipe()
+        async with context_session(a):
+            loop.call_soon(callback)
+            loop.call_soon(callback=callback)  # type: ignore[call-arg]
+            loop.call_later(0.001, callback)
+            future = loop.create_future()
+            future.add_done_callback(callback)
+            future.set_result(None)
+            loop.add_reader(reader, lambda: (callback(), loop.remove_reader(reader)))
+            os.write(writer, b"x")
+            await asyncio.sleep(0.02)
+            assert seen == [a] * 5
+            await asyncio.Task(in_session_from(a, b))  # not made by the loop
+        loop.call_soon(callback)
+        await asyncio.sleep(0.001)
+        assert seen[5:] == [None]
+        os.close(reader)
+        os.close(writer)
+
+    run(main())
+    assert a.state == b.state == "idle"
+
+
+async def in_session_from(outer: pgk.ExecutionContext, inner: pgk.ExecutionContext) -> None:
+    await stays(outer)
+    async with context_session(inner):
+        await stays(inner)
+    await stays(outer)
+
+
+def test_a_forgotten_child_leaves_the_loop_as_it_was(
+    run: Run[Any], a: pgk.ExecutionContext
+) -> None:
+    async def forever() -> None:
+        await asyncio.get_running_loop().create_future()
+
+    async def main() -> None:
+        async with context_session(a):
+            task = asyncio.create_task(forever())
+            await asyncio.sleep(0.001)
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+            del task
+
+        def is_over() -> bool:
+            gc.collect()
+            return a.state == "idle" and not wrapped(asyncio.get_running_loop())
+
+        await until(is_over)
+
+    run(main())
+
+
+def test_a_task_factory_that_takes_no_context(a: pgk.ExecutionContext) -> None:
+    def make(loop: asyncio.AbstractEventLoop, coro: Any) -> Any:
+        return asyncio.Task(coro, loop=loop)
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_task_factory(make)  # type: ignore[arg-type]
+        async with context_session(a):
+            await asyncio.gather(stays(a), stays(a))
+
+    asyncio.run(main())
+    assert a.state == "idle"
+
+
+def test_an_entry_that_fails_leaves_nothing(run: Run[Any], a: pgk.ExecutionContext) -> None:
+    device = get_or_initialize().device
+
+    async def main() -> None:
+        b = pgk.create_context("b", 4 * MB)
+        async with context_session(b):
+            device.hold(b.stream.id)
+            pgk.record_event(b)
+            device.inject_fault(1, native.Device.Call.record)
+            with pytest.raises(pgk.DeviceError) as error:
+                await context_session(a).__aenter__()
+            assert a.state == "idle"
+            assert error.value.__traceback__ is not None
+            device.let_go(b.stream.id)
+            await stays(b)
+
+    run(main())
+
+
+def test_a_with_across_an_await_reaches_others_for_one_turn_at_most(
+    run: Run[Any], a: pgk.ExecutionContext
+) -> None:
+    seen = []
+
+    async def wrong() -> None:
+        with context_session(a):
+            await asyncio.sleep(0.005)
+
+    async def bystander() -> None:
+        for _ in range(5):
+            seen.append(pgk.current_context())
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        results = await asyncio.gather(wrong(), bystander(), return_exceptions=True)
+        assert isinstance(results[0], SessionError)
+        # Leaving is no way to lose a cancellation.
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(wrong(), 0.001)
+
+    run(main())
+    assert seen[1:] == [None] * 4
+    assert a.state == "idle"
 
 
 # Waiting ------------------------------------------------------------------------------------------
@@ -762,6 +1017,49 @@ def test_a_loop_whose_methods_cannot_be_wrapped(a: pgk.ExecutionContext) -> None
     assert a.state == "idle"
 
 
+def test_a_loop_whose_last_method_cannot_be_wrapped(a: pgk.ExecutionContext) -> None:
+    class Rigid(asyncio.SelectorEventLoop):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "create_task":
+                raise AttributeError("read-only")
+            super().__setattr__(name, value)
+
+    async def main() -> None:
+        with pytest.raises(SessionError, match="cannot be wrapped: read-only"):
+            await in_session(a)
+        assert not wrapped(asyncio.get_running_loop())
+
+    with asyncio.Runner(loop_factory=Rigid) as runner:
+        runner.run(main())
+    assert a.state == "idle"
+
+
+def test_a_loop_that_another_thread_goes_on_with(a: pgk.ExecutionContext) -> None:
+    loop = asyncio.new_event_loop()
+    errors: list[BaseException] = []
+
+    async def one() -> None:
+        async with context_session(a):
+            await asyncio.sleep(0.01)
+            assert pgk.current_context() is None
+
+    task = loop.create_task(one())
+    loop.run_until_complete(asyncio.sleep(0.001))
+
+    def go_on() -> None:
+        try:
+            loop.run_until_complete(task)
+        except SessionError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    thread.join()
+    loop.close()
+    assert "left by another task or thread" in str(errors[0])
+    assert a.state == "idle"
+
+
 def test_a_loop_that_runs_its_tasks_in_another_way(a: pgk.ExecutionContext) -> None:
     class Facade:
         """What a task is told its loop is: it schedules past the loop's own methods."""
@@ -831,8 +1129,21 @@ def test_functions(a: pgk.ExecutionContext) -> None:
     assert add.__name__ == "add"
     assert add.__doc__ == "Add."
     assert here() is None
+    answer = context_session(a)(lambda: answer_later())
+
+    async def answer_later() -> Any:
+        await asyncio.sleep(0)
+        return here()
+
+    assert asyncio.run(answer()) is a
+    assert list(context_session(a)(lambda: iter_here())()) == [a, a]
     with pytest.raises(TypeError, match="decorates callables, got int"):
         context_session(a)(3)  # type: ignore[arg-type]
+
+
+def iter_here() -> Any:
+    yield here()
+    yield here()
 
 
 def test_generators(a: pgk.ExecutionContext) -> None:

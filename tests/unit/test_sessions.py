@@ -1,5 +1,7 @@
 """Which context a thread works in: nesting, threads, order of leaving, ends of threads."""
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -8,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import pygpukit_torch as pgk
-from pygpukit_torch import MB, ContextBusyError, ContextDestroyedError, SessionError
+from pygpukit_torch import MB, ContextBusyError, ContextDestroyedError, SessionError, native
+from pygpukit_torch.runtime import get_or_initialize
 
 pytestmark = pytest.mark.usefixtures("scheduler")
 
@@ -171,3 +174,63 @@ def test_a_session_that_is_dropped_while_entered_is_left(a: pgk.ExecutionContext
     assert pgk.current_context() is None
     assert a.state == "idle"
     a.destroy()
+
+
+def test_a_thread_whose_session_another_one_leaves_while_it_leaves_an_outer_one(
+    a: pgk.ExecutionContext, b: pgk.ExecutionContext
+) -> None:
+    """Its stream is the one it had before, then and later."""
+    device = get_or_initialize().device
+    leaving, left = threading.Event(), threading.Event()
+    inner, outer = pgk.context_session(a), pgk.context_session(b)
+    seen: list[object] = []
+
+    def work() -> None:
+        outer.__enter__()
+        inner.__enter__()
+        device.hold(b.stream.id)
+        pgk.record_event(b)
+        leaving.set()
+        outer.__exit__(None, None, None)  # waits for the stream
+        seen.append((pgk.current_context(), native.current_host_stream()))
+        with pgk.context_session(b):
+            pass
+        seen.append((pgk.current_context(), native.current_host_stream()))
+        left.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    leaving.wait()
+    with pytest.raises(SessionError, match="the thread that had is out of it now"):
+        inner.__exit__(None, None, None)
+    device.let_go(b.stream.id)
+    thread.join()
+    assert left.is_set()
+    assert seen == [(None, 0), (None, 0)]
+    assert a.state == b.state == "idle"
+
+
+def test_daemons_in_sessions_at_the_end_of_the_interpreter() -> None:
+    code = """
+import asyncio, threading
+import pygpukit_torch as pgk
+pgk.initialize(device="cpu", total_vram=64 << 20)
+context = pgk.create_context("a", 8 << 20)
+entered = threading.Barrier(3)
+
+def sleep():
+    with pgk.context_session(context):
+        entered.wait()
+        threading.Event().wait()
+
+async def serve():
+    async with pgk.context_session(context):
+        await asyncio.to_thread(entered.wait)
+        while True:
+            await asyncio.sleep(0.001)
+
+threading.Thread(target=sleep, daemon=True).start()
+threading.Thread(target=lambda: asyncio.run(serve()), daemon=True).start()
+entered.wait()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
