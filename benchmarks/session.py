@@ -7,6 +7,7 @@ import statistics
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,15 +66,15 @@ def _entering(context: pgk.ExecutionContext, cuda: bool) -> dict[str, Callable[[
     ordered, unordered = context_session(context), context_session(context, wait=False)
     ways: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
         "contextlib.nullcontext()": contextlib.nullcontext,
-        "context_session(ctx)": lambda: context_session(context),
+        "context_session(ctx)": partial(context_session, context),
         "the same session again": lambda: ordered,
-        "context_session(ctx, wait=False)": lambda: context_session(context, wait=False),
+        "context_session(ctx, wait=False)": partial(context_session, context, wait=False),
         "the same session again, wait=False": lambda: unordered,
     }
     if cuda:
         stream, pool = torch.cuda.Stream(), torch.cuda.MemPool()
-        ways["torch.cuda.stream(stream)"] = lambda: torch.cuda.stream(stream)
-        ways["torch.cuda.use_mem_pool(pool)"] = lambda: torch.cuda.use_mem_pool(pool)
+        ways["torch.cuda.stream(stream)"] = partial(torch.cuda.stream, stream)
+        ways["torch.cuda.use_mem_pool(pool)"] = partial(torch.cuda.use_mem_pool, pool)
     return {name: timed(make) for name, make in ways.items()}
 
 

@@ -30,8 +30,9 @@ _SCHEDULERS = {
     "add_signal_handler": 1,
 }
 
-# An alarm may stay silent once the device has failed: how long nobody notices, in seconds.
-_PATIENCE = 0.25
+# How often who waits looks for himself, in seconds: where there is an alarm, because it may stay
+# silent once the device has failed; and where there is none.
+_PATIENCE, _INTERVAL = 0.25, 0.001
 
 
 def running_loop() -> asyncio.AbstractEventLoop:
@@ -185,13 +186,17 @@ def _inheriting(
     return create
 
 
-async def wait(is_done: Callable[[], bool], notify: Callable[[native.Alarm], None]) -> None:
+async def wait(is_done: Callable[[], bool], notify: Callable[[native.Alarm], None] | None) -> None:
     """Suspend the task until ``is_done()``, for which ``notify`` is to ring an alarm.
 
     Raises what the two raise.
     """
     loop = running_loop()
     if is_done():
+        return
+    if notify is None:
+        while not is_done():
+            await asyncio.sleep(_INTERVAL)
         return
     alarm = native.Alarm()
     woken: asyncio.Future[None] | None = None

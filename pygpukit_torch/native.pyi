@@ -86,9 +86,6 @@ class CudaDevice(Device):
     """
 
     DEFAULT_STREAM: int
-    def notify_of_handle(self, event: int, alarm: Alarm) -> None:
-        """Do as notify() for an event of somebody else's, given by its driver handle."""
-
     def __init__(self, ordinal: int = 0, capacity: int = 0) -> None: ...
     @property
     def ordinal(self) -> int: ...
@@ -291,6 +288,9 @@ class Session:
     def follow(self) -> None:
         """Let the thread's later work wait instead, on the device where it can."""
 
+    def restore_stream(self, stream: int) -> None:
+        """Make it the thread's stream, after the session was left in the step it began in."""
+
     def __enter__(self) -> Self: ...
     def __exit__(
         self,
@@ -339,8 +339,11 @@ def scheduler(own: Callable[..., R], position: int) -> Callable[..., R]:
 def step_number() -> int:
     """Return the number of the task's step that runs; 0 if its loop does not run it as one."""
 
-def follow_task() -> None:
-    """Have the present step go on in what is the innermost of ``sessions`` by now."""
+def follow_task() -> int:
+    """Have the present step go on in what is the innermost of ``sessions`` by now.
+
+    Return what the thread's stream was, for :meth:`Session.restore_stream`.
+    """
 
 class Alarm:
     """A file that becomes readable when it is rung."""

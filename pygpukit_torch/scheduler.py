@@ -194,7 +194,9 @@ def context_session(context: ExecutionContext, *, wait: bool = True) -> ContextS
     """
     if not isinstance(wait, bool):
         raise TypeError(f"wait must be a bool, got {type(wait).__name__} {wait!r}")
-    return ContextSession(_checked(context), wait=wait)
+    if not isinstance(context, ExecutionContext):  # not _checked(): a call costs
+        _checked(context)
+    return ContextSession(context, wait=wait)
 
 
 def get_available_vram() -> int:

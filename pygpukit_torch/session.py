@@ -32,6 +32,8 @@ class _Entry:
     step: int  # the number of the step; 0 if the loop did not know yet that there are sessions
     frame: int  # what called __aenter__ and will call __aexit__; 0 if it need not be the same
     guard: asyncio.Handle | None = None
+    has_moved: bool = False  # its step, to the context
+    stream: int = 0  # the thread's before that
 
 
 class ContextSession(native.Session):
@@ -44,11 +46,13 @@ class ContextSession(native.Session):
         context: the context that the session works in.
     """
 
+    __slots__ = ("_entries", "context")
+
     # Entering and leaving by threads is native. In a running event loop the native __enter__ and
     # __exit__ call the _in_task methods.
 
     def __init__(self, context: "ExecutionContext", *, wait: bool = True) -> None:
-        super().__init__(context._native, wait)
+        native.Session.__init__(self, context._native, wait)
         self.context = context
         self._entries: list[_Entry] = []
 
@@ -96,9 +100,18 @@ class ContextSession(native.Session):
         entries = native.sessions.get(())
         if entry.native in entries:
             native.sessions.set(tuple(other for other in entries if other is not entry.native))
-            if native.step_number():
+            step = native.step_number()
+            if step and (entry.has_moved or not entry.step):
                 native.follow_task()
+            if step == entry.step and entry.has_moved:
+                # The task may have chosen a stream before it entered.
+                self.restore_stream(entry.stream)
         entry.membership.end()
+
+    def _move_step(self, entry: _Entry) -> None:
+        self.begin()
+        entry.stream = native.follow_task()
+        entry.has_moved = True
 
     def _entry_here(self) -> _Entry | None:
         """Return the innermost among the sessions of the task that runs."""
@@ -113,8 +126,7 @@ class ContextSession(native.Session):
         entry = self._begin_in_task()
         try:
             if entry.step:
-                self.begin()
-                native.follow_task()
+                self._move_step(entry)
             else:
                 self.enter()
                 # The step that runs cannot be told when it ends. The next thing that runs after it
@@ -130,7 +142,7 @@ class ContextSession(native.Session):
         if self.is_entered_here:
             self.leave()
 
-    def _exit_in_task(self, kind: type[BaseException] | None = None, *_: object) -> None:
+    def _exit_in_task(self, kind: type[BaseException] | None) -> None:
         entry = self._entry_here()
         if entry is None:
             self.exit()
@@ -167,10 +179,10 @@ class ContextSession(native.Session):
     async def _enter_for(self, frame: int) -> "ContextSession":
         entry = self._begin_in_task(frame)
         try:
-            self.begin()
             if entry.step:
-                native.follow_task()
+                self._move_step(entry)
                 return self
+            self.begin()
             # This step began before the loop knew of the session; the next one is in it.
             await asyncio.sleep(0)
             if not native.step_number():

@@ -134,9 +134,9 @@ def _context_stream(stream: torch.cpu.Stream | None) -> ContextStream:
 
 def completion_of(
     target: object, device: native.Device
-) -> tuple[Callable[[], bool], Callable[[native.Alarm], None]]:
+) -> tuple[Callable[[], bool], Callable[[native.Alarm], None] | None]:
     """Return two functions: whether the present work of a stream, or an event, is done; and to
-    have an alarm rung once it is.
+    have an alarm rung once it is, if that can be had: nobody but its owner may hold on to an event.
 
     Raises:
         TypeError: ``target`` is neither a stream nor an event.
@@ -149,8 +149,7 @@ def completion_of(
     elif isinstance(target, torch.cuda.Stream) and not isinstance(device, native.HostDevice):
         event = device.record(target.cuda_stream or native.CudaDevice.DEFAULT_STREAM)
     elif isinstance(target, torch.cuda.Event) and not isinstance(device, native.HostDevice):
-        assert isinstance(device, native.CudaDevice)
-        return target.query, partial(device.notify_of_handle, target.cuda_event)
+        return target.query, None
     else:
         raise TypeError(f"expected a stream or an event, got {type(target).__name__}")
     return partial(device.is_done, event), partial(device.notify, event)

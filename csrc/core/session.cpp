@@ -98,6 +98,12 @@ struct ThreadEntries {
     return step == stack.rend() ? Entry{} : *step;
   }
 
+  // 0 if what is on top is not a step's. There must be something.
+  std::uint64_t top_step() {
+    const std::lock_guard lock(mutex);
+    return stack.back().step;
+  }
+
   // With the lock, up to remove().
 
   std::shared_ptr<Context> innermost() const {
@@ -304,6 +310,13 @@ void Session::follow() const {
   if (ordered_ && streams != nullptr) streams->follow(*context_);
 }
 
+void Session::restore_stream(ThreadStreams::Saved stream) const {
+  if (ThreadStreams* streams = context_->thread_streams()) {
+    Context* outer = current_context();
+    streams->leave(stream, outer == nullptr ? nullptr : outer->shared_from_this());
+  }
+}
+
 TaskEntry::TaskEntry(std::shared_ptr<Context> context, const void* task, const void* variables)
     : context_(std::move(context)),
       task_(task),
@@ -343,13 +356,27 @@ std::uint64_t Step::number(const void* variables) {
   return step.variables == variables ? step.step : 0;
 }
 
-void Step::move_to(std::shared_ptr<Context> context) {
+ThreadStreams::Saved Step::move_to(const std::shared_ptr<Context>& context) {
   ThreadEntries& own = thread_entries();
-  Entry step = own.innermost_step();
-  while (own.pop().step != step.step) continue;
-  step.context = std::move(context);
-  step.streams = nullptr;
-  own.push(std::move(step));
+  const std::uint64_t number = own.innermost_step().step;
+  while (own.top_step() != number) own.pop();
+  ThreadStreams* streams = context ? context->thread_streams() : nullptr;
+  const ThreadStreams::Saved was = streams != nullptr ? streams->enter(context) : 0;
+  WayBack back;
+  {
+    const std::lock_guard lock(own.mutex);
+    Entry& step = own.stack.back();
+    step.context = context;
+    if (streams == nullptr) {
+      back = {std::exchange(step.streams, nullptr), step.before, own.innermost()};
+    } else if (step.streams == nullptr) {
+      step.streams = streams;
+      step.before = was;
+    }
+    own.follow_stack();
+  }
+  back.take();
+  return was;
 }
 
 void lock_sessions() {

@@ -49,6 +49,8 @@ class Session {
   bool has_work() const;
   void finish() const;
   void follow() const;
+  // Makes it the calling thread's stream, after the session was left.
+  void restore_stream(ThreadStreams::Saved stream) const;
 
  private:
   std::shared_ptr<Context> context_;
@@ -116,9 +118,9 @@ class Step {
 
   // The number of the calling thread's innermost step if it has these variables, else 0.
   static std::uint64_t number(const void* variables);
-  // Goes on in another context, or in what the thread was in. There must be a step, the innermost
-  // on the stack.
-  static void move_to(std::shared_ptr<Context> context);
+  // The innermost step goes on in another context, or in what the thread was in. There must be one.
+  // Returns what the thread's stream was if it is another one now, else 0.
+  static ThreadStreams::Saved move_to(const std::shared_ptr<Context>& context);
 
  private:
   std::uint64_t number_;

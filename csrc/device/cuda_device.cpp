@@ -2,13 +2,12 @@
 
 #include <algorithm>
 #include <array>
-#include <memory>
 #include <string>
-#include <tuple>
 #include <utility>
 
 #include "core/error.h"
 #include "core/types.h"
+#include "device/waiters.h"
 
 namespace pgk {
 
@@ -238,7 +237,9 @@ EventId CudaDevice::do_record(StreamId stream) {
   if (pending_.size() >= sweep_at_) sweep();
   if (idle_events_.empty()) {
     CUevent event = nullptr;
-    driver_.check(driver_.cuEventCreate_fn(&event, CU_EVENT_DISABLE_TIMING), "record");
+    driver_.check(
+        driver_.cuEventCreate_fn(&event, CU_EVENT_DISABLE_TIMING | CU_EVENT_BLOCKING_SYNC),
+        "record");
     idle_events_.push_back(event);
   }
   driver_.check(driver_.cuEventRecord_fn(idle_events_.back(), handle), "record");
@@ -316,60 +317,16 @@ void CudaDevice::do_synchronize_event(EventId event) {
   if (native != nullptr && pending(event) == native) retire(event);
 }
 
-// Outlives the device if need be.
-struct CudaDevice::PendingAlarm {
-  std::shared_ptr<AlarmStreams> streams;
-  CUstream stream;
-  Alarm alarm;
-
-  static void ring(void* self) {
-    const std::unique_ptr<PendingAlarm> pending(static_cast<PendingAlarm*>(self));
-    pending->alarm();
-    pending->streams->give_back(pending->stream);
-  }
-};
-
-template <typename Wait>
-void CudaDevice::launch(Alarm alarm, Wait wait) {
-  const Scope scope(*this);
-  auto ours = std::make_unique<PendingAlarm>(alarm_streams_, nullptr, std::move(alarm));
-  {
-    const std::lock_guard lock(alarm_streams_->mutex);
-    if (!alarm_streams_->idle.empty()) {
-      ours->stream = alarm_streams_->idle.back();
-      alarm_streams_->idle.pop_back();
-    }
-  }
-  if (ours->stream == nullptr) {
-    driver_.check(driver_.cuStreamCreateWithPriority_fn(&ours->stream, CU_STREAM_NON_BLOCKING,
-                                                        properties_.greatest_priority),
-                  "notify (create stream)");
-  }
-  CUresult result = wait(ours->stream);
-  if (result == CUDA_SUCCESS) {
-    result = driver_.cuLaunchHostFunc_fn(ours->stream, &PendingAlarm::ring, ours.get());
-  }
-  if (result == CUDA_SUCCESS) {
-    std::ignore = ours.release();  // it is the callback's now
-    return;
-  }
-  alarm_streams_->give_back(ours->stream);
-  driver_.check(result, "notify");
-}
-
+// A wait on a stream of its own would not do: the driver has few queues, and a wait at the head of
+// one holds up the streams of other contexts that share it.
 void CudaDevice::do_notify(EventId event, Alarm alarm) {
-  launch(std::move(alarm), [&](CUstream stream) {
-    const std::lock_guard lock(mutex_);
-    CUevent native = pending(event);
-    return native == nullptr ? CUDA_SUCCESS
-                             : driver_.cuStreamWaitEvent_fn(stream, native, CU_EVENT_WAIT_DEFAULT);
-  });
-}
-
-void CudaDevice::notify_of_handle(std::uintptr_t event, Alarm alarm) {
-  launch(std::move(alarm), [&](CUstream stream) {
-    return driver_.cuStreamWaitEvent_fn(stream, reinterpret_cast<CUevent>(event),
-                                        CU_EVENT_WAIT_DEFAULT);
+  Waiters::wait_for([self = shared_from_this(), event, alarm = std::move(alarm)] {
+    try {
+      self->do_synchronize_event(event);
+    } catch (const Error&) {
+      // Whoever is woken asks is_done(), which says so.
+    }
+    alarm();
   });
 }
 

@@ -19,7 +19,7 @@
 
 namespace pgk {
 
-class CudaDevice final : public Device {
+class CudaDevice final : public Device, public std::enable_shared_from_this<CudaDevice> {
  public:
   // `capacity` in bytes limits the handles that exist at a time; 0 stands for all of the VRAM.
   CudaDevice(int ordinal, std::size_t capacity);
@@ -42,8 +42,6 @@ class CudaDevice final : public Device {
   int ordinal() const { return ordinal_; }
   // Blocks until all work on all streams is done. Throws ErrorCode::device during a capture.
   void synchronize();
-  // As notify(), for an event of somebody else's, given by its driver handle.
-  void notify_of_handle(std::uintptr_t event, Alarm alarm);
   // Whether it is the calling thread's current device. Cheaper than to ask which one is.
   bool is_current() const {
     CUcontext current = nullptr;
@@ -72,8 +70,6 @@ class CudaDevice final : public Device {
   void do_synchronize_event(EventId event) override;
   void do_notify(EventId event, Alarm alarm) override;
 
-  template <typename Wait>
-  void launch(Alarm alarm, Wait wait);
   static CUstream handle_of(StreamId stream);
   CUstream find(StreamId stream) const;
   CUevent pending(EventId event) const;
@@ -84,17 +80,6 @@ class CudaDevice final : public Device {
     int priority = 0;
     bool in_use = true;
   };
-  // Streams that carry nothing but a wait and an alarm, so that one wait does not delay another.
-  struct AlarmStreams {
-    std::mutex mutex;
-    std::vector<CUstream> idle;
-
-    void give_back(CUstream stream) {
-      const std::lock_guard lock(mutex);
-      idle.push_back(stream);
-    }
-  };
-  struct PendingAlarm;
 
   const CudaDriver& driver_;
   CUdevice ordinal_ = 0;
@@ -107,7 +92,6 @@ class CudaDevice final : public Device {
   std::unordered_map<StreamId, Stream> streams_;  // ours
   std::unordered_map<EventId, CUevent> pending_;
   std::vector<CUevent> idle_events_;
-  std::shared_ptr<AlarmStreams> alarm_streams_ = std::make_shared<AlarmStreams>();
   EventId next_event_ = 1;
   static constexpr std::size_t kFewEvents = 64;
   std::size_t sweep_at_ = kFewEvents;

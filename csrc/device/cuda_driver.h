@@ -37,7 +37,6 @@
   X(cuStreamQuery)                     \
   X(cuStreamSynchronize)               \
   X(cuStreamWaitEvent)                 \
-  X(cuLaunchHostFunc)                  \
   X(cuEventCreate)                     \
   X(cuEventRecord)                     \
   X(cuEventQuery)                      \

@@ -4,7 +4,6 @@
 
 #include "device/cuda_device.h"
 #include "python/bindings.h"
-#include "python/event_fd.h"
 #include "torch/cuda_allocator.h"
 #include "torch/cuda_streams.h"
 
@@ -16,12 +15,6 @@ void bind_cuda(py::module_& module) {
   py::class_<CudaDevice, Device, std::shared_ptr<CudaDevice>>(module, "CudaDevice")
       .def(py::init<int, std::size_t>(), py::arg("ordinal") = 0, py::arg("capacity") = 0,
            py::call_guard<py::gil_scoped_release>())
-      .def(
-          "notify_of_handle",
-          [](CudaDevice& self, std::uintptr_t event, const std::shared_ptr<EventFd>& alarm) {
-            self.notify_of_handle(event, [alarm] { alarm->ring(); });
-          },
-          py::arg("event"), py::arg("alarm").none(false), py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("ordinal", &CudaDevice::ordinal)
       .def_property_readonly_static("DEFAULT_STREAM",
                                     [](const py::object&) { return CudaDevice::kDefaultStream; });

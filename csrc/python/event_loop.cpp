@@ -185,7 +185,7 @@ void bind_event_loop(py::module_& module) {
       py::arg("own"), py::arg("position"));
   module.def("step_number", [] { return Step::number(this_variables()); });
   module.def("follow_task", [] {
-    Step::move_to(innermost(py::reinterpret_steal<py::object>(entries_here()).ptr()));
+    return Step::move_to(innermost(py::reinterpret_steal<py::object>(entries_here()).ptr()));
   });
 }
 

@@ -46,16 +46,18 @@ void bind_session(py::module_& module) {
       .def_property_readonly("has_work", &Session::has_work)
       .def("finish", &Session::finish)
       .def("follow", &Session::follow)
+      .def("restore_stream", &Session::restore_stream, py::arg("stream"))
       .def("__enter__",
            [](const py::object& self) -> py::object {
              if (in_event_loop()) return self.attr("_enter_in_task")();
              self.cast<Session&>().enter();
              return self;
            })
-      .def("__exit__", [](const py::object& self, const py::args& error) {
+      .def("__exit__", [](const py::object& self, const py::object& kind,
+                          const py::object& /*error*/, const py::object& /*traceback*/) {
         auto& session = self.cast<Session&>();
         if (in_event_loop() || !session.is_entered_here()) {
-          self.attr("_exit_in_task")(*error);
+          self.attr("_exit_in_task")(kind);
         } else {
           session.exit();
         }

@@ -43,7 +43,7 @@ def test_every_step_is_on_its_own_stream_and_charged() -> None:
             for step in range(50):
                 assert here() is context
                 used = context.usage().used
-                block = torch.full((1024,), step, device="cuda")
+                block = torch.full((1024,), float(step), device="cuda")
                 assert context.usage().used == used + 4096
                 await asyncio.sleep(0 if step % 10 else 0.001)
                 total += int(block.sum().item()) == 1024 * step
@@ -138,20 +138,20 @@ def test_waiting_for_the_device(what: str) -> None:
 
 
 def test_many_waits_do_not_delay_each_other() -> None:
-    contexts = [create_context(f"c{index}", 64 * MB) for index in range(8)]
+    contexts = [create_context(f"c{index}", 64 * MB) for index in range(4)]
     finished: list[int] = []
 
     async def wait(index: int) -> None:
         async with context_session(contexts[index]):
             # The first to be waited for are the last to be done.
-            torch.cuda._sleep(20_000_000 * (8 - index))
+            torch.cuda._sleep(40_000_000 * (4 - index))
         finished.append(index)
 
     async def main() -> None:
-        await asyncio.gather(*(wait(index) for index in range(8)))
+        await asyncio.gather(*(wait(index) for index in range(4)))
 
     asyncio.run(main())
-    assert finished == list(range(7, -1, -1))
+    assert finished == [3, 2, 1, 0]
 
 
 def test_cancelled_while_it_leaves() -> None:
@@ -177,6 +177,27 @@ def test_cancelled_while_it_leaves() -> None:
         return await task
 
     assert asyncio.run(main()) == 7 * MB
+
+
+def test_a_stream_that_the_task_chose_is_its_own_again() -> None:
+    a, b = create_context("a", GB), create_context("b", GB)
+    side = torch.cuda.Stream()
+
+    async def main() -> None:
+        async with context_session(a):
+            with torch.cuda.stream(side):
+                async with context_session(b):
+                    assert here() is b
+                assert torch.cuda.current_stream() == side
+                with context_session(b):
+                    assert here() is b
+                assert torch.cuda.current_stream() == side
+            assert here() is a
+            await asyncio.sleep(0)
+            assert here() is a
+
+    asyncio.run(main())
+    assert here() is None
 
 
 def test_entering_in_a_capture_is_refused() -> None:
