@@ -1,5 +1,6 @@
 # make demo   sets up .venv, builds, runs three models side by side
 # make test   sets up what is missing and runs the whole test suite
+# make test-all   the tests on other Pythons as well
 # make lint   formatting, lint, types
 # make gpu-test PYTHON=python3   the GPU suite, with the torch of that interpreter
 
@@ -13,7 +14,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 # model: importing silero_vad sets that for the process.)
 export OMP_NUM_THREADS ?= $(shell nproc)
 
-.PHONY: all build demo test gpu-test lint format bench clean
+.PHONY: all build demo test test-all gpu-test lint format bench clean
 all: build
 
 $(VENV)/.installed: pyproject.toml
@@ -40,6 +41,11 @@ demo: build
 
 test: build $(HEADERS)
 	$(BIN)/python -m pytest
+
+# The same, as far as no models are needed, on other Pythons.
+PYTHONS ?= python3.12 python3.13
+test-all: test
+	for python in $(PYTHONS); do $(BIN)/python scripts/test_on.py $$python || exit 1; done
 
 # On a machine with a GPU, for the interpreter and the torch in PYTHON: builds in place, no network.
 GPU_REPORT ?= benchmarks/results/gpu-test.json

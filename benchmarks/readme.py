@@ -47,6 +47,14 @@ def borders_table() -> str:
     return _table(header, rows, report)
 
 
+def session_table() -> str:
+    """Entering and leaving, and awaits."""
+    report = _report("session-h100.json")
+    header = "| what | µs | quartiles |"
+    rows = [f"| {row['what']} | {row['us']:.2f} | {row['us spread']} |" for row in report["rows"]]
+    return _table(header, rows, report)
+
+
 def _report(name: str) -> dict[str, Any]:
     report: dict[str, Any] = json.loads((RESULTS / name).read_text())
     return report
@@ -77,6 +85,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "alloc": alloc_table,
     "generate": generate_table,
     "borders": borders_table,
+    "session": session_table,
 }
 
 

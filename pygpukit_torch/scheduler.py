@@ -174,6 +174,10 @@ def current_context() -> ExecutionContext | None:
 def context_session(context: ExecutionContext, *, wait: bool = True) -> ContextSession:
     """Return a session: ``with context_session(ctx):`` runs its body in the context.
 
+    With ``async with`` it is the running task's, whatever else runs on the thread between two of its
+    steps; entering does not block the event loop, and leaving awaits what ``with`` waits for. It is
+    also a decorator. See :class:`ContextSession`.
+
     Inside, what torch allocates on the calling thread is charged to the context and comes out of
     its memory; memory freed anywhere, at any time, is credited to the context it came from. On CUDA
     the context's stream is current; its work starts after what the thread had submitted before, and
@@ -188,8 +192,9 @@ def context_session(context: ExecutionContext, *, wait: bool = True) -> ContextS
     Raises:
         TypeError: ``context`` is no context, or ``wait`` no bool.
         ContextDestroyedError: on entering, if it has been destroyed.
-        SessionError: on leaving in another thread than the one that entered, and on entering in
-            the middle of a CUDA graph capture.
+        SessionError: on leaving in another thread than the one that entered; on entering in the
+            middle of a CUDA graph capture; on leaving a ``with`` that was held across an ``await``;
+            on ``async with`` where no event loop of asyncio runs, or one that cannot be followed.
         DeviceError: on leaving, if the work on the device failed.
     """
     if not isinstance(wait, bool):

@@ -1,8 +1,10 @@
 """What the README says is what the repository has."""
 
+import json
 import re
 from pathlib import Path
 
+from benchmarks.picture import RESULTS, drawn
 from benchmarks.readme import filled
 
 ROOT = Path(__file__).parents[1]
@@ -11,6 +13,12 @@ README = (ROOT / "README.md").read_text()
 
 def test_tables_are_those_of_the_committed_results() -> None:
     assert filled(README) == README, "run: python -m benchmarks.readme"
+
+
+def test_pictures_are_those_of_the_committed_results() -> None:
+    report = json.loads((RESULTS / "overlap-h100.json").read_text())
+    picture = (RESULTS / "overlap-h100.svg").read_text()
+    assert drawn(report) == picture, "run: python -m benchmarks.picture"
 
 
 def test_links_lead_somewhere() -> None:
