@@ -10,6 +10,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from pygpukit_torch.context import ExecutionContext
+
 R = TypeVar("R")
 
 class Handle:
@@ -298,6 +300,13 @@ class Session:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None: ...
+
+class BoundSession(Session):
+    """A session of an ExecutionContext."""
+
+    def __init__(self, context: ExecutionContext, wait: bool = True) -> None: ...
+    @property
+    def context(self) -> ExecutionContext: ...
 
 class Hold:
     """Keeps a context active as long as it lives."""

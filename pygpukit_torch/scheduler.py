@@ -174,9 +174,9 @@ def current_context() -> ExecutionContext | None:
 def context_session(context: ExecutionContext, *, wait: bool = True) -> ContextSession:
     """Return a session: ``with context_session(ctx):`` runs its body in the context.
 
-    With ``async with`` it is the running task's, whatever else runs on the thread between two of its
-    steps; entering does not block the event loop, and leaving awaits what ``with`` waits for. It is
-    also a decorator. See :class:`ContextSession`.
+    With ``async with`` it is the running task's, whatever else runs on the thread between two of
+    its steps; entering does not block the event loop, and leaving awaits what ``with`` waits for.
+    It is also a decorator. See :class:`ContextSession`.
 
     Inside, what torch allocates on the calling thread is charged to the context and comes out of
     its memory; memory freed anywhere, at any time, is credited to the context it came from. On CUDA
@@ -201,7 +201,7 @@ def context_session(context: ExecutionContext, *, wait: bool = True) -> ContextS
         raise TypeError(f"wait must be a bool, got {type(wait).__name__} {wait!r}")
     if not isinstance(context, ExecutionContext):  # not _checked(): a call costs
         _checked(context)
-    return ContextSession(context, wait=wait)
+    return ContextSession(context, wait)
 
 
 def get_available_vram() -> int:

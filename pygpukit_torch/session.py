@@ -4,11 +4,12 @@ import asyncio
 import contextvars
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Coroutine, Generator
 from dataclasses import dataclass
 from functools import partial, wraps
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -16,11 +17,10 @@ from pygpukit_torch import event_loop, native
 from pygpukit_torch.errors import SessionError
 from pygpukit_torch.streams import ContextEvent, ContextStream, completion_of
 
-if TYPE_CHECKING:
-    from pygpukit_torch.context import ExecutionContext
-
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_making = threading.Lock()  # of a session's list of entries, by whichever task comes first
 
 
 @dataclass(eq=False)
@@ -36,7 +36,7 @@ class _Entry:
     stream: int = 0  # the thread's before that
 
 
-class ContextSession(native.Session):
+class ContextSession(native.BoundSession):
     """What :func:`pygpukit_torch.context_session` returns.
 
     For ``with`` and ``async with``; also a decorator. Re-entrant, and usable by several threads and
@@ -46,15 +46,11 @@ class ContextSession(native.Session):
         context: the context that the session works in.
     """
 
-    __slots__ = ("_entries", "context")
+    # Making, entering and leaving one is native, since it is done often. In a running event loop
+    # the native __enter__ and __exit__ call the _in_task methods.
 
-    # Entering and leaving by threads is native. In a running event loop the native __enter__ and
-    # __exit__ call the _in_task methods.
-
-    def __init__(self, context: "ExecutionContext", *, wait: bool = True) -> None:
-        native.Session.__init__(self, context._native, wait)
-        self.context = context
-        self._entries: list[_Entry] = []
+    __slots__ = ("_entries",)
+    _entries: list[_Entry]  # made when the first is
 
     # Tasks ---------------------------------------------------------------------------------------
 
@@ -72,8 +68,14 @@ class ContextSession(native.Session):
             frame,
         )
         native.sessions.set((*(entry for entry in entries if entry.is_open), entry.native))
+        with _making:
+            if not hasattr(self, "_entries"):
+                self._entries = []
         self._entries.append(entry)
         return entry
+
+    def _open_entries(self) -> list[_Entry]:
+        return list(getattr(self, "_entries", ()))  # others may take theirs off meanwhile
 
     def _require_own_variables(
         self,
@@ -115,7 +117,7 @@ class ContextSession(native.Session):
 
     def _entry_here(self) -> _Entry | None:
         """Return the innermost among the sessions of the task that runs."""
-        ours = {id(entry.native): entry for entry in list(self._entries)}
+        ours = {id(entry.native): entry for entry in self._open_entries()}
         for one in reversed(native.sessions.get(())):
             if id(one) in ours:
                 return ours[id(one)]
@@ -197,7 +199,7 @@ class ContextSession(native.Session):
         return self
 
     async def _exit_for(self, frame: int, kind: type[BaseException] | None) -> None:
-        own = [entry for entry in list(self._entries) if frame and entry.frame == frame]
+        own = [entry for entry in self._open_entries() if frame and entry.frame == frame]
         entry = own[-1] if own else self._entry_here()
         if entry is None:
             raise SessionError(

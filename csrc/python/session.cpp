@@ -1,6 +1,7 @@
 #include "core/session.h"
 
 #include <memory>
+#include <utility>
 
 #include "core/blocking.h"
 #include "python/bindings.h"
@@ -26,6 +27,14 @@ bool in_event_loop() {
   Py_DECREF(loop);
   return loop != Py_None;
 }
+
+// A session that knows the Python object of its context.
+struct BoundSession : Session {
+  BoundSession(py::object owner, bool wait)
+      : Session(owner.attr("_native").cast<std::shared_ptr<Context>>(), wait),
+        context(std::move(owner)) {}
+  py::object context;
+};
 
 }  // namespace
 
@@ -62,6 +71,10 @@ void bind_session(py::module_& module) {
           session.exit();
         }
       });
+
+  py::class_<BoundSession, Session>(module, "BoundSession")
+      .def(py::init<py::object, bool>(), py::arg("context"), py::arg("wait") = true)
+      .def_readonly("context", &BoundSession::context);
 
   py::class_<Hold>(module, "Hold")
       .def(py::init<std::shared_ptr<Context>>(), py::arg("context").none(false));

@@ -1,0 +1,78 @@
+// Sessions of tasks that take turns on a thread.
+#include <mutex>
+#include <utility>
+
+#include "core/session.h"
+#include "core/thread_entries.h"
+
+namespace pgk {
+
+using detail::Entry;
+using detail::this_process;
+using detail::thread_entries;
+using detail::ThreadEntries;
+using detail::WayBack;
+
+TaskEntry::TaskEntry(std::shared_ptr<Context> context, const void* task, const void* variables)
+    : context_(std::move(context)),
+      task_(task),
+      variables_(variables),
+      thread_(thread_entries().number),
+      process_(this_process()) {
+  context_->begin_session(true);
+}
+
+bool TaskEntry::close() {
+  if (!open_.exchange(false)) return false;
+  context_->end_session();
+  return true;
+}
+
+bool TaskEntry::is_open_here() const {
+  return open_.load(std::memory_order_relaxed) && thread_ == thread_entries().number &&
+         process_ == this_process();
+}
+
+Step::Step(const void* variables, std::shared_ptr<Context> context) {
+  ThreadEntries& own = thread_entries();
+  mend_stream();
+  number_ = ++own.steps;
+  own.push({.context = std::move(context), .step = number_, .variables = variables});
+}
+
+Step::~Step() {
+  ThreadEntries& own = thread_entries();
+  // Gone in a forked child.
+  if (own.innermost_step().step < number_) return;
+  while (own.pop().step != number_) continue;
+}
+
+std::uint64_t Step::number(const void* variables) {
+  const Entry step = thread_entries().innermost_step();
+  return step.variables == variables ? step.step : 0;
+}
+
+ThreadStreams::Saved Step::move_to(const std::shared_ptr<Context>& context) {
+  ThreadEntries& own = thread_entries();
+  const std::uint64_t number = own.innermost_step().step;
+  while (own.top_step() != number) own.pop();
+  ThreadStreams* streams = context ? context->thread_streams() : nullptr;
+  const ThreadStreams::Saved was = streams != nullptr ? streams->enter(context) : 0;
+  WayBack back;
+  {
+    const std::lock_guard lock(own.mutex);
+    Entry& step = own.stack.back();
+    step.context = context;
+    if (streams == nullptr) {
+      back = {std::exchange(step.streams, nullptr), step.before, own.innermost()};
+    } else if (step.streams == nullptr) {
+      step.streams = streams;
+      step.before = was;
+    }
+    own.follow_stack();
+  }
+  back.take();
+  return was;
+}
+
+}  // namespace pgk
