@@ -223,6 +223,8 @@ def test_entering_in_a_capture_is_refused() -> None:
 def test_a_slow_consumer_reads_what_it_was_given(freed: str) -> None:
     """The producer goes on allocating and writing, whoever drops the tensor last."""
     producer, consumer = create_context("producer", GB), create_context("consumer", GB)
+    # The first launch of a kernel waits for the device, so that nobody would be slow.
+    torch.full((MB,), 7, dtype=torch.uint8, device="cuda").to(torch.int32).sum()
 
     async def main() -> int:
         async with context_session(producer):
@@ -230,7 +232,7 @@ def test_a_slow_consumer_reads_what_it_was_given(freed: str) -> None:
             event = record_event(producer)
         async with context_session(consumer, wait=False):
             wait_event(consumer, event)
-            torch.cuda._sleep(4 * SLOW)  # the first launch of a kernel takes its time, too
+            torch.cuda._sleep(SLOW)
             total = data.to(torch.int32).sum()
             if freed == "by the producer":
                 data.record_stream(consumer.stream)
