@@ -35,6 +35,9 @@ _SCHEDULERS = {
 _PATIENCE, _INTERVAL = 0.25, 0.001
 
 
+_eager_task_factory = getattr(asyncio, "eager_task_factory", object())  # new in Python 3.12
+
+
 def running_loop() -> asyncio.AbstractEventLoop:
     """Return the asyncio loop that runs in this thread. Raises SessionError if there is none."""
     try:
@@ -103,6 +106,11 @@ class Membership:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
+        if hasattr(loop, "_nest_patched"):
+            raise SessionError(
+                f"sessions cannot follow the tasks of {type(loop).__name__}: nest_asyncio lets it "
+                "run other tasks in the middle of a step"
+            )
         with _lock:
             while True:
                 try:
@@ -158,7 +166,11 @@ def _inheriting(
             entries = context.get(native.sessions, ())
             inner = innermost(entries)
             if outer is None or inner is None or inner.context is not outer.context:
-                return make()  # other tasks' variables, or none's: their sessions are theirs
+                # Other tasks' variables, or none's: their sessions are theirs. An eager first step
+                # would run in this one's.
+                if loop.get_task_factory() is _eager_task_factory:
+                    return asyncio.Task(coro, loop=loop, context=context, **options)
+                return make()
             variables = context
         inherited = native.TaskEntry(outer.context, None)
         membership = Membership(loop)

@@ -584,14 +584,10 @@ def test_tasks_in_variables_that_are_given_to_them(
             async with asyncio.TaskGroup() as group:
                 group.create_task(stays(a, 2), context=shared)
                 group.create_task(stays(a, 30), context=shared)
-                group.create_task(later_outside(), context=contextvars.Context())
+                group.create_task(stays(None), context=contextvars.Context())
             await stays(a)
             mine = asyncio.create_task(stays(a, 3))
             await mine
-        await stays(None)
-
-    async def later_outside() -> None:
-        await asyncio.sleep(0)  # an eager first step is where its maker is
         await stays(None)
 
     run(main())
@@ -1031,6 +1027,16 @@ def test_a_loop_whose_last_method_cannot_be_wrapped(a: pgk.ExecutionContext) -> 
 
     with asyncio.Runner(loop_factory=Rigid) as runner:
         runner.run(main())
+    assert a.state == "idle"
+
+
+def test_a_loop_that_runs_itself_from_within_a_step(a: pgk.ExecutionContext) -> None:
+    async def main() -> None:
+        asyncio.get_running_loop()._nest_patched = True  # type: ignore[attr-defined]
+        with pytest.raises(SessionError, match="nest_asyncio"):
+            await in_session(a)
+
+    asyncio.run(main())
     assert a.state == "idle"
 
 
