@@ -31,8 +31,14 @@ def main(python: str) -> None:
         ["git", "ls-files", "-co", "--exclude-standard"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-    for old in copy.glob("[!b.]*"):  # what is gone must be gone there, but not what was built
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    copy.mkdir(parents=True, exist_ok=True)
+    for old in copy.iterdir():  # what is gone must be gone there, too
+        if old.name == "build":
+            continue
+        if old.is_dir():
+            shutil.rmtree(old)
+        else:
+            old.unlink()
     for file in listed.splitlines():
         (copy / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / file, copy / file)
