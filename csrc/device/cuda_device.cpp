@@ -317,8 +317,8 @@ void CudaDevice::do_synchronize_event(EventId event) {
   if (native != nullptr && pending(event) == native) retire(event);
 }
 
-// A wait on a stream of its own would not do: the driver has few queues, and a wait at the head of
-// one holds up the streams of other contexts that share it.
+// Nothing is put on the device for it: a wait in a stream of its own could hold up streams that
+// share a hardware queue with it.
 void CudaDevice::do_notify(EventId event, Alarm alarm) {
   Waiters::wait_for([self = shared_from_this(), event, alarm = std::move(alarm)] {
     try {
