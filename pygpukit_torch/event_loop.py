@@ -34,7 +34,6 @@ _SCHEDULERS = {
 # silent once the device has failed; and where there is none.
 _PATIENCE, _INTERVAL = 0.25, 0.001
 
-
 _eager_task_factory = getattr(asyncio, "eager_task_factory", object())  # new in Python 3.12
 
 
@@ -201,7 +200,7 @@ def _inheriting(
 async def wait(is_done: Callable[[], bool], notify: Callable[[native.Alarm], None] | None) -> None:
     """Suspend the task until ``is_done()``, for which ``notify`` is to ring an alarm.
 
-    Raises what the two raise.
+    Without ``notify`` it asks every millisecond. Raises what the two raise.
     """
     loop = running_loop()
     if is_done():

@@ -273,10 +273,6 @@ class Session:
     def leave(self) -> None:
         """Exit without waiting for the work."""
 
-    @property
-    def is_entered_here(self) -> bool:
-        """Whether the calling thread has entered it."""
-
     def begin(self) -> None:
         """Do what entering does on the device, and refuse what it refuses."""
 
@@ -355,10 +351,9 @@ def follow_task() -> int:
     """
 
 class Alarm:
-    """A file that becomes readable when it is rung."""
+    """A file that becomes readable when Device.notify() rings it."""
 
     def fileno(self) -> int: ...
-    def ring(self) -> None: ...
 
 class ThreadStreams:
     """What sessions switch."""

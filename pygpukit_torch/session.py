@@ -31,6 +31,7 @@ class _Entry:
     membership: event_loop.Membership
     step: int  # the number of the step; 0 if the loop did not know yet that there are sessions
     frame: int  # what called __aenter__ and will call __aexit__; 0 if it need not be the same
+    is_on_thread: bool = False  # the session, entered by `with` in a step of number 0
     guard: asyncio.Handle | None = None
     has_moved: bool = False  # its step, to the context
     stream: int = 0  # the thread's before that
@@ -131,18 +132,19 @@ class ContextSession(native.BoundSession):
                 self._move_step(entry)
             else:
                 self.enter()
+                entry.is_on_thread = True
                 # The step that runs cannot be told when it ends. The next thing that runs after it
                 # sees to it that no other task is in this one's context for longer.
                 loop = asyncio.get_running_loop()
-                entry.guard = loop.call_soon(self._drop, context=contextvars.Context())
+                entry.guard = loop.call_soon(self._drop, entry, context=contextvars.Context())
         except BaseException:
             self._end_in_task(entry)
             raise
         return self
 
-    def _drop(self) -> None:
-        if self.is_entered_here:
-            self.leave()
+    def _drop(self, entry: _Entry) -> None:
+        entry.is_on_thread = False
+        self.leave()
 
     def _exit_in_task(self, kind: type[BaseException] | None) -> None:
         entry = self._entry_here()
@@ -150,7 +152,7 @@ class ContextSession(native.BoundSession):
             self.exit()
             return
         try:
-            if self.is_entered_here and not entry.step:
+            if entry.is_on_thread:
                 self.exit()
             elif entry.native.is_open:  # not in a forked child
                 self.finish()

@@ -150,8 +150,7 @@ py::object callable(PyMethodDef& method, PyObject* self) {
 void bind_event_loop(py::module_& module) {
   py::class_<EventFd, std::shared_ptr<EventFd>>(module, "Alarm")
       .def(py::init<>())
-      .def("fileno", &EventFd::fileno)
-      .def("ring", &EventFd::ring);
+      .def("fileno", &EventFd::fileno);
 
   py::class_<TaskEntry, std::shared_ptr<TaskEntry>>(module, "TaskEntry")
       .def(py::init([](std::shared_ptr<Context> context, const py::object& task) {

@@ -50,7 +50,6 @@ void bind_session(py::module_& module) {
       .def("enter", &Session::enter)
       .def("exit", &Session::exit)
       .def("leave", &Session::leave)
-      .def_property_readonly("is_entered_here", &Session::is_entered_here)
       .def("begin", &Session::begin)
       .def_property_readonly("has_work", &Session::has_work)
       .def("finish", &Session::finish)

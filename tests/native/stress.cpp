@@ -2,6 +2,7 @@
 // reclaim between them, contexts that come and go with live blocks, sessions, statistics.
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -15,6 +16,7 @@
 #include "core/manager.h"
 #include "core/session.h"
 #include "device/host_device.h"
+#include "device/waiters.h"
 
 namespace {
 
@@ -35,6 +37,7 @@ struct FakeStreams final : ThreadStreams {
 
 constexpr int kThreads = 4;
 constexpr int kSteps = 4000;
+constexpr int kWaits = 100;
 
 struct Block {
   void* address;
@@ -135,7 +138,15 @@ int main() {
   for (int index = 0; index < kThreads; ++index) {
     threads.emplace_back([&, index] { work(*manager, shared, index); });
   }
+  std::atomic<int> waited{0};
+  for (int wait = 0; wait < kWaits; ++wait) {
+    Waiters::wait_for([&] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      ++waited;
+    });
+  }
   for (auto& thread : threads) thread.join();
+  while (waited < kWaits) std::this_thread::yield();
   manager->check_invariants();
   if (shared->used_bytes() != 0) fail("blocks were lost");
   if (manager->device_usage().contexts.size() != 1) fail("an orphan was not collected");

@@ -50,16 +50,6 @@ def run(request: pytest.FixtureRequest) -> Run[Any]:
     return run_and_check
 
 
-@pytest.fixture
-def a() -> pgk.ExecutionContext:
-    return pgk.create_context("a", 32 * MB)
-
-
-@pytest.fixture
-def b() -> pgk.ExecutionContext:
-    return pgk.create_context("b", 32 * MB)
-
-
 def here() -> pgk.ExecutionContext | None:
     """The current context, after checking that the stream and the charge are its own."""
     context = pgk.current_context()
@@ -715,6 +705,24 @@ def test_a_with_across_an_await_reaches_others_for_one_turn_at_most(
 
     run(main())
     assert seen[1:] == [None] * 4
+    assert a.state == "idle"
+
+
+def test_a_with_across_an_await_leaves_the_thread_in_its_own_session(
+    a: pgk.ExecutionContext,
+) -> None:
+    """Of the same object: the one around the loop is not the one that is at fault."""
+    session = context_session(a)
+
+    async def wrong() -> None:
+        with session:
+            await asyncio.sleep(0.001)
+
+    with session:
+        with pytest.raises(SessionError, match="held across"):
+            asyncio.run(wrong())
+        assert here() is a
+    assert here() is None
     assert a.state == "idle"
 
 

@@ -16,16 +16,6 @@ from pygpukit_torch.runtime import get_or_initialize
 pytestmark = pytest.mark.usefixtures("scheduler")
 
 
-@pytest.fixture
-def a() -> pgk.ExecutionContext:
-    return pgk.create_context("a", 32 * MB)
-
-
-@pytest.fixture
-def b() -> pgk.ExecutionContext:
-    return pgk.create_context("b", 32 * MB)
-
-
 def test_sessions_nest(a: pgk.ExecutionContext, b: pgk.ExecutionContext) -> None:
     assert pgk.current_context() is None
     with pgk.context_session(a) as session:

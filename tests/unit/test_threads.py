@@ -135,6 +135,23 @@ def test_the_threads_of_a_process_pool_are_not_in_it() -> None:
         a.destroy()
 
 
+def test_anyios_workers_are_not_in_it() -> None:
+    """They serve whoever comes next, too."""
+    a = create_context("a", 32 * MB)
+    seen: list[str | None] = []
+
+    class WorkerThread(threading.Thread):
+        def run(self) -> None:
+            seen.append(name_here())
+
+    WorkerThread.__module__ = "anyio._backends._asyncio"
+    with context_session(a):
+        worker = WorkerThread()
+        worker.start()
+        worker.join()
+    assert seen == [None]
+
+
 def test_errors_come_through_and_leave_the_session() -> None:
     a = create_context("a", 32 * MB)
 
