@@ -10,9 +10,9 @@ namespace pgk {
 
 const char* Device::name_of(Call call) {
   static constexpr std::array names{
-      "any",    "create", "release",       "reserve",        "unreserve",
-      "map",    "unmap",  "create_stream", "destroy_stream", "copy",
-      "record", "wait",   "synchronize",   "notify"};
+      "any",    "create", "create_host",   "release",        "reserve", "unreserve", "map",
+      "unmap",  "move",   "create_stream", "destroy_stream", "copy",    "record",    "wait",
+      "synchronize", "notify"};
   static_assert(names.size() == kCalls);
   return names[static_cast<std::size_t>(call)];
 }
@@ -56,6 +56,12 @@ Handle Device::create(std::size_t bytes) {
   return do_create(bytes);
 }
 
+Handle Device::create_host(std::size_t bytes) {
+  require_multiple(Call::create_host, bytes);
+  begin(Call::create_host, bytes);
+  return do_create_host(bytes);
+}
+
 void Device::release(Handle handle) {
   begin(Call::release, handle.bytes);
   do_release(handle);
@@ -82,6 +88,16 @@ void Device::map(Address address, Handle handle) {
 void Device::unmap(Address address, Handle handle) {
   begin(Call::unmap, handle.bytes);
   do_unmap(address, handle);
+}
+
+void Device::move(std::span<Move> moves, std::span<const StreamId> held) {
+  for (const Move& move : moves) {
+    if (move.from.bytes != move.to.bytes || move.from.on_host == move.to.on_host) {
+      throw Error(ErrorCode::invalid_value,
+                  properties_.name + ": a move is between the device and as much host memory");
+    }
+  }
+  if (!moves.empty()) do_move(moves, held);
 }
 
 StreamId Device::create_stream(int priority) {
@@ -118,6 +134,11 @@ void Device::synchronize_stream(StreamId stream) {
 void Device::synchronize_event(EventId event) {
   begin(Call::synchronize);
   do_synchronize_event(event);
+}
+
+void Device::synchronize() {
+  begin(Call::synchronize);
+  do_synchronize();
 }
 
 void Device::notify(EventId event, Alarm alarm) {

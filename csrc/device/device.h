@@ -1,8 +1,9 @@
 // What the core needs from a device, in the fewest calls, with their preconditions stated once.
 //
 // A device hands out physical memory as handles and virtual addresses as ranges; mapping joins
-// the two. Streams run copies in order, events mark points in them. The public calls count
-// themselves and can be made to fail, on every device alike; implementations override do_*.
+// the two. Host memory can stand in for the device's, at the same addresses: slower, and not
+// part of its capacity. Streams run copies in order, events mark points in them. The public calls
+// count themselves and can be made to fail, on every device alike; implementations override do_*.
 //
 // Every call may throw ErrorCode::device (out of memory, of any kind, included) and has then
 // changed nothing. All calls may be made from any thread.
@@ -13,6 +14,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <optional>
+#include <span>
 #include <string>
 
 namespace pgk {
@@ -23,6 +26,7 @@ using Address = std::uintptr_t;
 struct Handle {
   std::uint64_t id = 0;
   std::size_t bytes = 0;
+  bool on_host = false;
 };
 
 // Never 0.
@@ -32,6 +36,25 @@ using EventId = std::uint64_t;
 // What tells somebody who sleeps that an event is done.
 using Alarm = std::function<void()>;
 
+// Tells contents apart; what it is computed from is the device's business.
+struct Fingerprint {
+  std::uint64_t low = 0;
+  std::uint64_t high = 0;
+};
+
+// One handle takes another one's place at an address, with what it holds.
+struct Move {
+  Address address = 0;
+  Handle from;  // mapped there
+  Handle to;    // mapped nowhere, of the same size; one of the two is on the host
+  // If `to` held this when it was mapped last: should `from` still hold the same, nothing is copied.
+  std::optional<Fingerprint> known;
+  // What the call did.
+  bool done = false;
+  bool copied = false;
+  std::optional<Fingerprint> contents;  // of what came back to the device, where it can be told
+};
+
 class Device {
  public:
   struct Properties {
@@ -39,6 +62,8 @@ class Device {
     std::size_t capacity = 0;     // bytes of handles that can exist at a time
     std::size_t granularity = 0;  // sizes of handles and ranges are multiples of it
     bool is_host = false;         // its memory is ordinary host memory
+    bool can_move = false;        // create_host() and move() work
+    bool can_hold = false;        // move() can hold streams
     int least_priority = 0;       // of streams; lower numbers are more important
     int greatest_priority = 0;
   };
@@ -46,11 +71,13 @@ class Device {
   enum class Call : std::uint8_t {
     any,
     create,
+    create_host,
     release,
     reserve,
     unreserve,
     map,
     unmap,
+    move,
     create_stream,
     destroy_stream,
     copy,
@@ -71,6 +98,8 @@ class Device {
 
   // New physical memory, contents undefined.
   Handle create(std::size_t bytes);
+  // The same in host memory, which the device can map as well.
+  Handle create_host(std::size_t bytes);
   // The handle must not be mapped.
   void release(Handle handle);
 
@@ -83,6 +112,11 @@ class Device {
   void map(Address address, Handle handle);
   // A whole handle's mapping.
   void unmap(Address address, Handle handle);
+  // Carries out the moves; work on the default stream sees each either before or after it. So does
+  // work on the streams `held`, which are stopped meanwhile; no other stream may use the memory.
+  // Blocks. If it throws, each move is either done or has changed nothing; ErrorCode::busy if the
+  // streams could not be held.
+  void move(std::span<Move> moves, std::span<const StreamId> held = {});
 
   // `priority` is clamped to the range in properties().
   StreamId create_stream(int priority);
@@ -93,9 +127,10 @@ class Device {
   EventId record(StreamId stream);
   // Work submitted to `stream` from now on starts after `event` is done.
   void wait(StreamId stream, EventId event);
-  // Block the caller.
+  // Block the caller, the last one until all streams are done.
   void synchronize_stream(StreamId stream);
   void synchronize_event(EventId event);
+  void synchronize();
   // Calls `alarm` once `event` is done, on any thread, or at once. It must be brief and call
   // nothing of the device. If the work before the event fails it may never be called: is_done()
   // tells.
@@ -119,15 +154,20 @@ class Device {
   std::uint64_t count(Call call) const;
 
  protected:
+  // Before each move, too.
+  void begin(Call call, std::size_t bytes = 0);
+
   Properties properties_;
 
  private:
   virtual Handle do_create(std::size_t bytes) = 0;
+  virtual Handle do_create_host(std::size_t bytes) = 0;
   virtual void do_release(Handle handle) = 0;
   virtual Address do_reserve(std::size_t bytes, std::size_t alignment) = 0;
   virtual void do_unreserve(Address address, std::size_t bytes) = 0;
   virtual void do_map(Address address, Handle handle) = 0;
   virtual void do_unmap(Address address, Handle handle) = 0;
+  virtual void do_move(std::span<Move> moves, std::span<const StreamId> held) = 0;
   virtual StreamId do_create_stream(int priority) = 0;
   virtual void do_destroy_stream(StreamId stream) = 0;
   virtual void do_copy(Address destination, Address source, std::size_t bytes, StreamId stream) = 0;
@@ -135,9 +175,9 @@ class Device {
   virtual void do_wait(StreamId stream, EventId event) = 0;
   virtual void do_synchronize_stream(StreamId stream) = 0;
   virtual void do_synchronize_event(EventId event) = 0;
+  virtual void do_synchronize() = 0;
   virtual void do_notify(EventId event, Alarm alarm) = 0;
 
-  void begin(Call call, std::size_t bytes = 0);
   bool due(Call call);
   void require_multiple(Call call, std::size_t value) const;
 

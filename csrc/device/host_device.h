@@ -1,6 +1,9 @@
 // Host memory as a device: a memory file of fixed capacity whose parts are mapped into reserved
 // ranges, page for page as a GPU's virtual memory works. Memory is committed when it is touched
-// and given back when its handle is released.
+// and given back when its handle is released. What stands in for it lies in a second file.
+//
+// A move changes the mapping in one step, so nobody ever faults. But there is no stream that could
+// be held: what another thread writes while a page is copied may be lost.
 //
 // Streams run on whoever submits or unblocks their work, in order and without threads of their
 // own, so that tests can hold a stream and see exactly what that holds back.
@@ -17,6 +20,31 @@
 
 namespace pgk {
 
+// A sparse file in memory that handles are parts of.
+class MemoryFile {
+ public:
+  MemoryFile(const char* name, bool on_host);
+  ~MemoryFile();
+  MemoryFile(const MemoryFile&) = delete;
+  MemoryFile& operator=(const MemoryFile&) = delete;
+
+  // Throw ErrorCode::device.
+  Handle take(std::size_t bytes);
+  void give_back(Handle handle);
+
+  int descriptor() const { return file_; }
+  std::size_t taken_bytes() const { return taken_bytes_; }
+  // Bytes of host memory that it occupies now.
+  std::size_t committed_bytes() const;
+
+ private:
+  int file_;
+  bool on_host_;
+  std::size_t file_bytes_ = 0;  // handles of one size reuse each other's offsets
+  std::size_t taken_bytes_ = 0;
+  std::map<std::size_t, std::vector<std::uint64_t>> unused_offsets_;
+};
+
 class HostDevice final : public Device {
  public:
   static constexpr std::size_t kGranularity = std::size_t{2} << 20;
@@ -25,7 +53,6 @@ class HostDevice final : public Device {
 
   // `capacity` is rounded down to the granularity and must leave at least one page.
   explicit HostDevice(std::size_t capacity);
-  ~HostDevice() override;
 
   bool is_done(EventId event) override { return timeline_.is_done(event); }
   bool is_idle(StreamId stream) override { return timeline_.is_idle(stream); }
@@ -41,16 +68,19 @@ class HostDevice final : public Device {
     timeline_.set_capturing(stream, capturing);
   }
 
-  // Bytes of host memory that the device's file occupies now.
-  std::size_t committed_bytes() const;
+  // Bytes of host memory that the device occupies now, and what stands in for it.
+  std::size_t committed_bytes() const { return memory_.committed_bytes(); }
+  std::size_t backup_bytes() const { return backup_.committed_bytes(); }
 
  private:
   Handle do_create(std::size_t bytes) override;
+  Handle do_create_host(std::size_t bytes) override;
   void do_release(Handle handle) override;
   Address do_reserve(std::size_t bytes, std::size_t alignment) override;
   void do_unreserve(Address address, std::size_t bytes) override;
   void do_map(Address address, Handle handle) override;
   void do_unmap(Address address, Handle handle) override;
+  void do_move(std::span<Move> moves, std::span<const StreamId> held) override;
   StreamId do_create_stream(int /*priority*/) override { return timeline_.create_stream(); }
   void do_destroy_stream(StreamId stream) override { timeline_.destroy_stream(stream); }
   void do_copy(Address destination, Address source, std::size_t bytes, StreamId stream) override {
@@ -60,13 +90,14 @@ class HostDevice final : public Device {
   void do_wait(StreamId stream, EventId event) override { timeline_.wait(stream, event); }
   void do_synchronize_stream(StreamId stream) override { timeline_.synchronize_stream(stream); }
   void do_synchronize_event(EventId event) override { timeline_.synchronize_event(event); }
+  void do_synchronize() override { timeline_.synchronize(); }
   void do_notify(EventId event, Alarm alarm) override { timeline_.notify(event, std::move(alarm)); }
 
+  MemoryFile& file_of(Handle handle) { return handle.on_host ? backup_ : memory_; }
+
   std::mutex mutex_;
-  int file_ = -1;
-  std::size_t file_bytes_ = 0;  // sparse; handles of one size reuse each other's offsets
-  std::size_t created_bytes_ = 0;
-  std::map<std::size_t, std::vector<std::uint64_t>> unused_offsets_;
+  MemoryFile memory_{"pygpukit-host-device", false};
+  MemoryFile backup_{"pygpukit-host-backup", true};
   HostTimeline timeline_;
 };
 

@@ -116,6 +116,14 @@ void HostTimeline::synchronize_event(EventId event) {
   progress_.wait(lock, [&] { return done(event); });
 }
 
+void HostTimeline::synchronize() {
+  std::unique_lock lock(mutex_);
+  progress_.wait(lock, [&] {
+    return std::all_of(streams_.begin(), streams_.end(),
+                       [](const auto& entry) { return entry.second.pending.empty(); });
+  });
+}
+
 void HostTimeline::notify(EventId event, Alarm alarm) {
   const std::lock_guard lock(mutex_);
   alarms_.emplace(event, std::move(alarm));

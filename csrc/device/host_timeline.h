@@ -25,6 +25,7 @@ class HostTimeline {
   bool is_capturing(StreamId stream);
   void synchronize_stream(StreamId stream);
   void synchronize_event(EventId event);
+  void synchronize();
   void notify(EventId event, Alarm alarm);
   void hold(StreamId stream);
   void let_go(StreamId stream);

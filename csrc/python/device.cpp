@@ -1,7 +1,12 @@
 #include "device/device.h"
 
-#include <memory>
+#include <pybind11/stl.h>
 
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "core/scope_exit.h"
 #include "device/host_device.h"
 #include "python/bindings.h"
 #include "python/event_fd.h"
@@ -15,7 +20,27 @@ void bind_device(py::module_& module) {
 
   py::class_<Handle>(module, "Handle")
       .def_readonly("id", &Handle::id)
-      .def_readonly("bytes", &Handle::bytes);
+      .def_readonly("bytes", &Handle::bytes)
+      .def_readonly("on_host", &Handle::on_host);
+
+  py::class_<Fingerprint>(module, "Fingerprint")
+      .def_readonly("low", &Fingerprint::low)
+      .def_readonly("high", &Fingerprint::high);
+
+  py::class_<Move>(module, "Move")
+      .def(py::init([](Address address, Handle from, Handle to, std::optional<Fingerprint> known) {
+             Move move;
+             move.address = address;
+             move.from = from;
+             move.to = to;
+             move.known = known;
+             return move;
+           }),
+           py::arg("address"), py::arg("source"), py::arg("target"),
+           py::arg("known") = std::nullopt)
+      .def_readonly("done", &Move::done)
+      .def_readonly("copied", &Move::copied)
+      .def_readonly("contents", &Move::contents);
 
   py::class_<Device, std::shared_ptr<Device>> device(module, "Device");
   py::enum_<Device::Call> call(device, "Call");
@@ -30,11 +55,24 @@ void bind_device(py::module_& module) {
       .def_property_readonly("granularity",
                              [](const Device& self) { return self.properties().granularity; })
       .def("create", &Device::create, py::arg("bytes"), Unlocked())
+      .def("create_host", &Device::create_host, py::arg("bytes"), Unlocked())
       .def("release", &Device::release, py::arg("handle"), Unlocked())
       .def("reserve", &Device::reserve, py::arg("bytes"), py::arg("alignment"), Unlocked())
       .def("unreserve", &Device::unreserve, py::arg("address"), py::arg("bytes"), Unlocked())
       .def("map", &Device::map, py::arg("address"), py::arg("handle"), Unlocked())
       .def("unmap", &Device::unmap, py::arg("address"), py::arg("handle"), Unlocked())
+      .def(
+          "move",
+          [](Device& self, const std::vector<Move*>& moves, const std::vector<StreamId>& held) {
+            std::vector<Move> all;
+            for (const Move* move : moves) all.push_back(*move);
+            // What was done is told also if the rest failed.
+            ScopeExit tell([&] {
+              for (std::size_t i = 0; i < all.size(); ++i) *moves[i] = all[i];
+            });
+            self.move(all, held);
+          },
+          py::arg("moves"), py::arg("held") = std::vector<StreamId>{}, Unlocked())
       .def("create_stream", &Device::create_stream, py::arg("priority") = 0, Unlocked())
       .def("destroy_stream", &Device::destroy_stream, py::arg("stream"), Unlocked())
       .def("copy", &Device::copy, py::arg("destination"), py::arg("source"), py::arg("bytes"),
@@ -43,6 +81,7 @@ void bind_device(py::module_& module) {
       .def("wait", &Device::wait, py::arg("stream"), py::arg("event"), Unlocked())
       .def("synchronize_stream", &Device::synchronize_stream, py::arg("stream"), Unlocked())
       .def("synchronize_event", &Device::synchronize_event, py::arg("event"), Unlocked())
+      .def("synchronize", &Device::synchronize, Unlocked())
       .def(
           "notify",
           [](Device& self, EventId event, const std::shared_ptr<EventFd>& alarm) {
@@ -63,6 +102,7 @@ void bind_device(py::module_& module) {
       .def("let_go", &HostDevice::let_go, py::arg("stream"), Unlocked())
       .def("set_capturing", &HostDevice::set_capturing, py::arg("stream"), py::arg("capturing"))
       .def_property_readonly("committed_bytes", &HostDevice::committed_bytes)
+      .def_property_readonly("backup_bytes", &HostDevice::backup_bytes)
       .def_property_readonly_static("GRANULARITY",
                                     [](const py::object&) { return HostDevice::kGranularity; });
 }

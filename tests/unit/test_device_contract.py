@@ -81,6 +81,99 @@ def test_handles_of_many_sizes_do_not_wear_the_device_out(device: Device) -> Non
             device.release(handle)
 
 
+def test_contents_move_to_host_memory_and_back_at_the_same_address(device: Device) -> None:
+    memory = DeviceMemory(device)
+    address = device.reserve(2 * PAGE, PAGE)
+    near, far = device.create(PAGE), device.create_host(PAGE)
+    assert (near.on_host, far.on_host) == (False, True)
+    device.map(address, near)
+    memory.write(address, b"first" * 4)
+    out = native.Move(address, near, far)
+    device.move([out])
+    assert (out.done, out.copied) == (True, True)
+    assert memory.read(address, 20) == b"first" * 4
+    memory.write(address + PAGE - 4, b"last")
+
+    device.release(near)
+    near = device.create(PAGE)
+    back = native.Move(address, far, near)
+    device.move([back])
+    assert memory.read(address, 5) + memory.read(address + PAGE - 4, 4) == b"firstlast"
+    assert back.contents is not None
+
+    again = native.Move(address, near, far, back.contents)
+    device.move([again])
+    assert (again.done, again.copied) == (True, False)
+    assert memory.read(address, 5) + memory.read(address + PAGE - 4, 4) == b"firstlast"
+
+
+def test_one_changed_byte_is_moved(device: Device) -> None:
+    memory = DeviceMemory(device)
+    address = device.reserve(4 * PAGE, PAGE)
+    pages = [(address + i * PAGE, device.create(PAGE), device.create_host(PAGE)) for i in range(4)]
+    for place, near, _ in pages:
+        device.map(place, near)
+    device.move([native.Move(place, near, far) for place, near, far in pages])
+    back = [native.Move(place, far, near) for place, near, far in pages]
+    device.move(back)
+    memory.write(address + 3 * PAGE - 1, b"!")
+    out = [
+        native.Move(place, near, far, move.contents)
+        for (place, near, far), move in zip(pages, back, strict=True)
+    ]
+    device.move(out)
+    assert [move.copied for move in out] == [False, False, True, False]
+    assert memory.read(address + 3 * PAGE - 1, 1) == b"!"
+
+
+def test_many_moves_both_ways_at_once(device: Device) -> None:
+    memory = DeviceMemory(device)
+    address = device.reserve(32 * PAGE, PAGE)
+    places = [address + i * PAGE for i in range(16)]
+    near = [device.create(PAGE) for _ in range(16)]
+    far = [device.create_host(PAGE) for _ in range(16)]
+    for i, place in enumerate(places):
+        device.map(place, near[i] if i % 2 else far[i])
+        memory.write(place, bytes([i]) * 100)
+    moves = [
+        native.Move(place, near[i], far[i]) if i % 2 else native.Move(place, far[i], near[i])
+        for i, place in enumerate(places)
+    ]
+    device.move(moves)
+    assert all(move.done for move in moves)
+    for i, place in enumerate(places):
+        assert memory.read(place, 100) == bytes([i]) * 100
+
+
+def test_moves_before_a_failure_are_done_and_the_others_changed_nothing(device: Device) -> None:
+    memory = DeviceMemory(device)
+    address = device.reserve(8 * PAGE, PAGE)
+    near = [device.create(PAGE) for _ in range(4)]
+    far = [device.create_host(PAGE) for _ in range(4)]
+    for i in range(4):
+        device.map(address + i * PAGE, near[i])
+        memory.write(address + i * PAGE, bytes([i]) * 8)
+    moves = [native.Move(address + i * PAGE, near[i], far[i]) for i in range(4)]
+    device.inject_fault(3, Device.Call.move)
+    with pytest.raises(DeviceError, match=r"move of 2.00 MiB failed: injected fault"):
+        device.move(moves)
+    assert [move.done for move in moves] == [True, True, False, False]
+    rest = [move for move in moves if not move.done]
+    device.move(rest)
+    assert all(move.done for move in rest)
+    for i in range(4):
+        assert memory.read(address + i * PAGE, 8) == bytes([i]) * 8
+
+
+def test_a_move_is_between_the_device_and_as_much_host_memory(device: Device) -> None:
+    address = device.reserve(2 * PAGE, PAGE)
+    near = device.create(PAGE)
+    device.map(address, near)
+    for other in (device.create(PAGE), device.create_host(2 * PAGE)):
+        with pytest.raises(ValueError, match="as much host memory"):
+            device.move([native.Move(address, near, other)])
+
+
 @pytest.mark.parametrize("size", [0, 1, PAGE - 1, PAGE + 512])
 def test_sizes_are_multiples_of_the_granularity(device: Device, size: int) -> None:
     with pytest.raises(ValueError, match="multiple of the granularity"):
@@ -138,7 +231,14 @@ def test_a_failed_call_changes_nothing(device: Device, call: Device.Call) -> Non
     assert isinstance(event, int)
     attempt(kinds.wait, lambda: device.wait(stream, event))
     attempt(kinds.synchronize, lambda: device.synchronize_stream(stream))
+    attempt(kinds.synchronize, device.synchronize)
     assert memory.read(address, 8) == b"keptkept"
+    far = attempt(kinds.create_host, lambda: device.create_host(PAGE))
+    assert isinstance(far, native.Handle)
+    attempt(kinds.move, lambda: device.move([native.Move(address, handle, far)]))
+    assert memory.read(address, 8) == b"keptkept"
+    device.move([native.Move(address, far, handle)])
+    device.release(far)
     attempt(kinds.destroy_stream, lambda: device.destroy_stream(stream))
     attempt(kinds.unmap, lambda: device.unmap(address, handle))
     attempt(kinds.release, lambda: device.release(handle))
