@@ -345,15 +345,15 @@ void Arena::merge_hole(Index index) {
   }
 }
 
-std::uint32_t Arena::count_free_pages() const {
-  std::uint32_t pages = 0;
+std::vector<Arena::PageRun> Arena::idle_runs() const {
+  std::vector<PageRun> runs;
   std::uint32_t start = 0;
   std::uint32_t end = 0;  // of the current run of unused granules, all of one lane
   Lane lane = 0;
   const auto close_run = [&] {
     const std::uint32_t first = page_of(start + page_granules_ - 1);
     const std::uint32_t last = page_of(end);
-    if (first < last) pages += last - first;
+    if (first < last) runs.push_back({first, last - first});
   };
   for (Index index = 1; index != 0; index = blocks_[index].next) {
     const Block& block = blocks_[index];
@@ -369,6 +369,12 @@ std::uint32_t Arena::count_free_pages() const {
     }
   }
   close_run();
+  return runs;
+}
+
+std::uint32_t Arena::count_free_pages() const {
+  std::uint32_t pages = 0;
+  for (const PageRun& run : idle_runs()) pages += run.count;
   return pages;
 }
 

@@ -96,7 +96,8 @@ class Arena {
   // are free again.
   void finish_retirement(PageRun run, std::uint32_t removed);
 
-  // Pages that hold no live byte. Walks all blocks; for statistics.
+  // The pages that hold no live byte, retired ones included. Walks all blocks.
+  std::vector<PageRun> idle_runs() const;
   std::uint32_t count_free_pages() const;
 
   std::size_t used_bytes() const { return used_ * kGranule; }

@@ -20,6 +20,12 @@ Context::Counters& Context::Counters::operator+=(const Counters& other) {
   segments_returned += other.segments_returned;
   segment_bytes_taken += other.segment_bytes_taken;
   segment_bytes_returned += other.segment_bytes_returned;
+  evictions += other.evictions;
+  restores += other.restores;
+  bytes_out += other.bytes_out;
+  bytes_in += other.bytes_in;
+  pages_unchanged += other.pages_unchanged;
+  move_nanoseconds += other.move_nanoseconds;
   return *this;
 }
 
@@ -38,7 +44,7 @@ Context::Context(const std::shared_ptr<Manager>& manager, ContextSpec spec, Ledg
       manager_(manager) {}
 
 void Context::require_open() const {
-  if (state_ == State::open) return;
+  if (state_ == State::open || state_ == State::moving) return;
   if (state_ == State::forked) {
     throw Error(ErrorCode::forked, "context '" + name() +
                                        "' belongs to the parent process; a forked child cannot "
@@ -69,8 +75,10 @@ void* Context::allocate_resident(std::size_t bytes, StreamId stream) {
   if (granules >= Arena::kNone) [[unlikely]]
     return nullptr;
   const std::lock_guard lock(mutex_);
-  if (state_ != State::open) [[unlikely]]
+  if (state_ != State::open) [[unlikely]] {
     require_open();
+    return nullptr;
+  }
   Arena::Lane lane = 0;
   if (stream != this->stream()) [[unlikely]] {
     const auto found = find_lane(stream);
@@ -203,6 +211,33 @@ std::size_t Context::retired_bytes() const {
   return pages * arena_.page_bytes();
 }
 
+std::vector<StreamId> Context::streams_in_use() const {
+  std::vector<StreamId> streams(lanes_);
+  for (const auto& [start, uses] : uses_) streams.insert(streams.end(), uses.begin(), uses.end());
+  for (const Fence& fence : fences_) {
+    for (const Fence::Point& point : fence.points) streams.push_back(point.stream);
+  }
+  for (const auto& known : consumers_) {
+    if (const auto consumer = known.lock()) streams.push_back(consumer->stream());
+  }
+  std::sort(streams.begin(), streams.end());
+  streams.erase(std::unique(streams.begin(), streams.end()), streams.end());
+  std::erase(streams, kNoStream);
+  return streams;
+}
+
+std::size_t Context::idle_device_pages() const {
+  std::size_t count = 0;
+  for (const Arena::PageRun& run : arena_.idle_runs()) {
+    count += run.count;
+    auto page = evicted_pages_ == 0 ? pages_.end() : pages_.lower_bound(run.first);
+    for (; page != pages_.end() && page->first < run.first + run.count; ++page) {
+      count -= page->second.handle.on_host ? 1 : 0;
+    }
+  }
+  return count;
+}
+
 std::vector<StreamId> Context::streams() const {
   const std::lock_guard lock(mutex_);
   std::vector<StreamId> streams;
@@ -231,20 +266,34 @@ void Context::count_segment(const void* pointer, bool taken) {
   }
 }
 
-void Context::begin_session(bool keeps_active) {
+bool Context::try_begin_session(bool keeps_active) {
   std::uint32_t sessions = sessions_.load(std::memory_order_acquire);
   do {
-    if ((sessions & kClosed) != 0) {
-      const std::lock_guard lock(mutex_);
-      require_open();
+    const bool is_idle = (sessions & kCount) == 0;
+    if ((sessions & (kClosed | kMoving)) != 0 || (is_idle && (sessions & kEvicted) != 0)) {
+      return false;
     }
   } while (keeps_active &&
            !sessions_.compare_exchange_weak(sessions, sessions + 1, std::memory_order_acq_rel));
+  last_use_.store(next_use(), std::memory_order_relaxed);
+  return true;
+}
+
+void Context::begin_session_slow(bool keeps_active) {
+  {
+    const std::lock_guard lock(mutex_);
+    require_open();
+  }
+  manager()->admit(*this, keeps_active);
 }
 
 bool Context::close() {
-  std::uint32_t none = 0;
-  return sessions_.compare_exchange_strong(none, kClosed, std::memory_order_acq_rel);
+  std::uint32_t sessions = sessions_.load(std::memory_order_acquire);
+  do {
+    if ((sessions & ~kEvicted) != 0) return false;
+  } while (!sessions_.compare_exchange_weak(sessions, sessions | kClosed,
+                                            std::memory_order_acq_rel));
+  return true;
 }
 
 std::size_t Context::used_bytes() const {
@@ -254,7 +303,7 @@ std::size_t Context::used_bytes() const {
 
 std::size_t Context::resident_bytes() const {
   const std::lock_guard lock(mutex_);
-  return arena_.resident_pages() * arena_.page_bytes();
+  return (arena_.resident_pages() - evicted_pages_) * arena_.page_bytes();
 }
 
 bool Context::is_destroyed() const {

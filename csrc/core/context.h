@@ -54,6 +54,12 @@ class Context : public std::enable_shared_from_this<Context> {
     std::uint64_t segments_returned = 0;
     std::uint64_t segment_bytes_taken = 0;
     std::uint64_t segment_bytes_returned = 0;
+    std::uint64_t evictions = 0;  // times that pages of it were moved out, and back
+    std::uint64_t restores = 0;
+    std::uint64_t bytes_out = 0;  // copied
+    std::uint64_t bytes_in = 0;
+    std::uint64_t pages_unchanged = 0;  // moved out without a copy
+    std::uint64_t move_nanoseconds = 0;
 
     std::size_t segment_bytes() const { return segment_bytes_taken - segment_bytes_returned; }
     Counters& operator+=(const Counters& other);
@@ -91,10 +97,21 @@ class Context : public std::enable_shared_from_this<Context> {
   // The block's size, 0 if no live block of this context starts at `pointer`.
   std::size_t block_bytes(const void* pointer) const;
 
-  // A context with open sessions that keep it active cannot be destroyed; end_session() is for
-  // those. Neither waits for a context that grows. Throws ErrorCode::context_destroyed or ::forked.
-  void begin_session(bool keeps_active);
-  void end_session() { sessions_.fetch_sub(1, std::memory_order_acq_rel); }
+  // A context with open sessions that keep it active cannot be destroyed, nor moved unless for
+  // somebody's base; end_session() is for those. Neither waits for a context that grows. Beginning
+  // waits for pages that move, and brings back what was evicted, as far as it is needed for an idle
+  // context. Throws ErrorCode::context_destroyed, ::forked, and if pages cannot be brought back
+  // ::out_of_memory or ::device.
+  void begin_session(bool keeps_active) {
+    if (!try_begin_session(keeps_active)) [[unlikely]]
+      begin_session_slow(keeps_active);
+  }
+  // As begin_session(), but false where that would wait or refuse.
+  bool try_begin_session(bool keeps_active);
+  void end_session() {
+    last_use_.store(next_use(), std::memory_order_relaxed);
+    sessions_.fetch_sub(1, std::memory_order_acq_rel);
+  }
 
   const std::string& name() const { return spec_.name; }
   Tier tier() const { return spec_.tier; }
@@ -112,7 +129,7 @@ class Context : public std::enable_shared_from_this<Context> {
   std::size_t resident_bytes() const;
   bool is_open() const { return (sessions_.load(std::memory_order_acquire) & kClosed) == 0; }
   bool is_destroyed() const;
-  std::uint32_t sessions() const { return sessions_.load(std::memory_order_acquire) & ~kClosed; }
+  std::uint32_t sessions() const { return sessions_.load(std::memory_order_acquire) & kCount; }
   Counters counters() const;
   void reset_peak();
   // Throws ErrorCode::context_destroyed if it is gone.
@@ -122,7 +139,15 @@ class Context : public std::enable_shared_from_this<Context> {
   friend class Manager;
 
   // Anything but `open` diverts from the hot path.
-  enum class State : std::uint8_t { open, orphan, forked };
+  enum class State : std::uint8_t { open, moving, orphan, forked };
+
+  // What backs a page.
+  struct Page {
+    Handle handle;  // mapped
+    // Only of resident pages: host memory that held the same when the page came back.
+    std::optional<Handle> backup;
+    std::optional<Fingerprint> contents;
+  };
 
   // A freed block and the streams that must pass. An event of 0 is still to be recorded: its
   // stream was being captured.
@@ -157,15 +182,30 @@ class Context : public std::enable_shared_from_this<Context> {
   bool is_past(Fence::Point& point);
   std::optional<EventId> awaited_event() const;
   std::size_t retired_bytes() const;
+  // With the manager's lock.
+  std::size_t device_pages() const { return arena_.resident_pages() - evicted_pages_; }
+  // All whose work may use the memory now, declared consumers' included.
+  std::vector<StreamId> streams_in_use() const;
+  // Resident pages without a live byte, retired ones included.
+  std::size_t idle_device_pages() const;
+  bool is_moving() const { return (sessions_.load(std::memory_order_acquire) & kMoving) != 0; }
+  void begin_session_slow(bool keeps_active);
+  static std::uint64_t next_use() { return uses_of_all_.fetch_add(1, std::memory_order_relaxed); }
   void* finish_allocation(std::uint32_t start, std::size_t granules) {
     ++counters_.allocations;
     counters_.allocated_bytes += granules * kGranule;
     return reinterpret_cast<void*>(address_ + start * kGranule);
   }
 
-  // How many are open, and whether another may be.
+  // How many are open, whether another may be, and what it has to wait for.
   static constexpr std::uint32_t kClosed = std::uint32_t{1} << 31;
+  static constexpr std::uint32_t kMoving = std::uint32_t{1} << 30;
+  static constexpr std::uint32_t kEvicted = std::uint32_t{1} << 29;
+  static constexpr std::uint32_t kCount = kEvicted - 1;
   std::atomic<std::uint32_t> sessions_{0};
+  // In the order of use, of all contexts.
+  static inline std::atomic<std::uint64_t> uses_of_all_{1};
+  std::atomic<std::uint64_t> last_use_{next_use()};
   const bool is_on_host_;
 
   mutable SpinLock mutex_;
@@ -183,7 +223,10 @@ class Context : public std::enable_shared_from_this<Context> {
   std::atomic<StreamId> stream_;
   std::shared_ptr<Device> device_;
   ThreadStreams* thread_streams_;
-  std::map<std::uint32_t, Handle> handles_;  // of the resident pages
+  std::map<std::uint32_t, Page> pages_;  // all that are not holes
+  std::uint32_t evicted_pages_ = 0;
+  std::uint32_t pins_ = 0;
+  std::vector<std::weak_ptr<Context>> consumers_;  // declared, since the last time it was idle
   std::vector<Retired> retired_;
   std::weak_ptr<Manager> manager_;
   // Set while an orphan: its last free needs the manager.

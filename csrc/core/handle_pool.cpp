@@ -3,22 +3,30 @@
 #include <algorithm>
 
 #include "core/error.h"
-#include "core/scope_exit.h"
 
 namespace pgk {
+namespace {
 
-void HandlePool::release_spare(Shelf& shelf) {
-  const Handle handle = shelf.handles.back();
+std::size_t kept(const HandlePool::Keep& keep, std::size_t bytes) {
+  const auto it = keep.find(bytes);
+  return it == keep.end() ? 0 : it->second;
+}
+
+}  // namespace
+
+void HandlePool::release_one(std::vector<Handle>& handles) {
+  const Handle handle = handles.back();
   device_.release(handle);
-  shelf.handles.pop_back();
+  handles.pop_back();
   existing_bytes_ -= handle.bytes;
 }
 
-Handle HandlePool::create(std::size_t bytes) {
-  // Spare handles of other sizes occupy physical memory that the books count as free.
-  for (auto& [size, shelf] : shelves_) {
-    while (existing_bytes_ + bytes > device_.properties().capacity && shelf.has_spare()) {
-      release_spare(shelf);
+Handle HandlePool::create(std::size_t bytes, const Keep& keep) {
+  // Handles of other sizes occupy physical memory that the books count as free.
+  for (auto& [size, handles] : shelves_) {
+    while (existing_bytes_ + bytes > device_.properties().capacity &&
+           handles.size() > kept(keep, size)) {
+      release_one(handles);
     }
   }
   Handle handle;
@@ -27,7 +35,7 @@ Handle HandlePool::create(std::size_t bytes) {
   } catch (const Error&) {
     // Others than this pool may have taken the device's memory.
     const std::size_t before = existing_bytes_;
-    trim();
+    trim(keep);
     if (existing_bytes_ == before) throw;
     handle = device_.create(bytes);
   }
@@ -37,55 +45,64 @@ Handle HandlePool::create(std::size_t bytes) {
   return handle;
 }
 
-Handle HandlePool::take(std::size_t bytes, bool reserved) {
-  Shelf& shelf = shelves_[bytes];
-  if (!reserved && !shelf.has_spare()) return create(bytes);
-  const Handle handle = shelf.handles.back();
-  shelf.handles.pop_back();
-  if (reserved) --shelf.reserved;
+Handle HandlePool::take(std::size_t bytes, const Keep& should, const Keep& must) {
+  std::vector<Handle>& handles = shelves_[bytes];
+  if (handles.size() <= kept(should, bytes)) {
+    try {
+      return create(bytes, should);
+    } catch (const Error&) {
+      // Not for whatever else may have gone wrong.
+      if (existing_bytes_ + bytes <= device_.properties().capacity && device_.free_bytes() >= bytes) {
+        throw;
+      }
+      if (handles.size() <= kept(must, bytes)) return create(bytes, must);
+    }
+  }
+  const Handle handle = handles.back();
+  handles.pop_back();
   return handle;
 }
 
-void HandlePool::give_back(Handle handle, bool reserved) {
-  Shelf& shelf = shelves_[handle.bytes];
-  shelf.handles.push_back(handle);
-  if (reserved) ++shelf.reserved;
-}
-
-void HandlePool::reserve(std::size_t bytes, std::size_t count) {
-  Shelf& shelf = shelves_[bytes];
-  std::size_t done = 0;
-  ScopeExit undo([&] { shelf.reserved -= done; });
-  for (; done < count; ++done) {
-    // Each is claimed at once, or creating the next could release it to make room.
-    if (!shelf.has_spare()) shelf.handles.push_back(create(bytes));
-    ++shelf.reserved;
+void HandlePool::fill(std::size_t bytes, std::size_t count, const Keep& keep) {
+  std::vector<Handle>& handles = shelves_[bytes];
+  const std::size_t goal = std::min(handles.size(), kept(keep, bytes)) + count;
+  // What is there already must not be released to make room for the next.
+  Keep staying = keep;
+  while (handles.size() < goal) {
+    staying[bytes] = handles.size();
+    handles.push_back(create(bytes, staying));
   }
-  undo.dismiss();
 }
 
-void HandlePool::unreserve(std::size_t bytes, std::size_t count) {
-  shelves_[bytes].reserved -= count;
-}
-
-void HandlePool::trim() {
-  for (auto& [size, shelf] : shelves_) {
+void HandlePool::even_out(const Keep& keep) {
+  for (const auto& [bytes, count] : keep) {
+    const std::size_t has = pooled(bytes);
     try {
-      while (shelf.has_spare()) release_spare(shelf);
+      if (has < count) fill(bytes, count - has, keep);
+    } catch (const Error&) {
+      // There is not enough; what was lent comes back by itself.
+    }
+  }
+}
+
+void HandlePool::trim(const Keep& keep) {
+  for (auto& [size, handles] : shelves_) {
+    try {
+      while (handles.size() > kept(keep, size)) release_one(handles);
     } catch (const Error&) {
       // Still pooled and counted; the next trim or a taker gets it.
     }
   }
 }
 
-std::size_t HandlePool::reserved(std::size_t bytes) const {
+std::size_t HandlePool::pooled(std::size_t bytes) const {
   const auto it = shelves_.find(bytes);
-  return it == shelves_.end() ? 0 : it->second.reserved;
+  return it == shelves_.end() ? 0 : it->second.size();
 }
 
 std::size_t HandlePool::pooled_bytes() const {
   std::size_t bytes = 0;
-  for (const auto& [size, shelf] : shelves_) bytes += size * shelf.handles.size();
+  for (const auto& [size, handles] : shelves_) bytes += size * handles.size();
   return bytes;
 }
 

@@ -4,7 +4,6 @@
 #include <string>
 
 #include "core/error.h"
-#include "core/types.h"
 
 namespace pgk {
 namespace {
@@ -21,6 +20,20 @@ void check_limits(std::size_t max, std::size_t base) {
     throw Error(ErrorCode::invalid_value,
                 "base " + format_bytes(base) + " is above max " + format_bytes(max));
   }
+}
+
+// What of `account` an account of another one's tier `seen_from` cannot have.
+std::size_t guarded(const Ledger::Account& account, Tier seen_from) {
+  return account.tier > seen_from ? account.resident : account.committed();
+}
+
+std::size_t less(std::size_t a, std::size_t b) {
+  return a - std::min(a, b);
+}
+
+[[noreturn]] void refuse_refund(std::size_t bytes, std::size_t held, const char* what) {
+  throw Error(ErrorCode::invalid_value, std::string(what) + " of " + format_bytes(bytes) +
+                                            " exceeds the held " + format_bytes(held));
 }
 
 }  // namespace
@@ -40,22 +53,23 @@ const Ledger::Account& Ledger::account(Id id) const {
 void Ledger::replace(Account& account, const Account& changed) {
   committed_ = committed_ - account.committed() + changed.committed();
   resident_ = resident_ - account.resident + changed.resident;
+  evicted_ = evicted_ - account.evicted + changed.evicted;
   account = changed;
 }
 
-Ledger::Id Ledger::open(std::size_t max, std::size_t base) {
+Ledger::Id Ledger::open(std::size_t max, std::size_t base, Tier tier) {
   check_limits(max, base);
   if (base > uncommitted()) refuse_base(base, uncommitted(), capacity_);
   const Id id = next_++;
-  replace(accounts_[id], Account{max, base, 0});
+  replace(accounts_[id], Account{max, base, tier, 0, 0});
   return id;
 }
 
 void Ledger::close(Id id) {
   Account& account = find(id);
-  if (account.resident != 0) {
+  if (account.held() != 0) {
     throw Error(ErrorCode::busy,
-                "account " + std::to_string(id) + " still holds " + format_bytes(account.resident));
+                "account " + std::to_string(id) + " still holds " + format_bytes(account.held()));
   }
   replace(account, Account{});
   accounts_.erase(id);
@@ -64,21 +78,60 @@ void Ledger::close(Id id) {
 void Ledger::resize(Id id, std::size_t max, std::size_t base) {
   check_limits(max, base);
   Account& account = find(id);
-  if (account.resident > max) {
-    throw Error(ErrorCode::invalid_value, format_bytes(account.resident) +
+  if (account.held() > max) {
+    throw Error(ErrorCode::invalid_value, format_bytes(account.held()) +
                                               " are held, more than the new max of " +
                                               format_bytes(max));
   }
-  const Account changed{max, base, account.resident};
-  const std::size_t spare = uncommitted() + account.committed();
-  if (changed.committed() > spare) refuse_base(base, spare, capacity_);
+  Account changed = account;
+  changed.max = max;
+  changed.base = base;
+  const std::size_t others = committed_ - account.committed();
+  const std::size_t spare = less(less(capacity_, outside_), others);
+  // What is lent out may be less than what is given up here, and still more than there is.
+  if (changed.committed() > account.committed() && changed.committed() > spare) {
+    refuse_base(base, spare, capacity_);
+  }
   replace(account, changed);
+}
+
+std::size_t Ledger::free_for(Id id) const {
+  const Account& account = this->account(id);
+  std::size_t taken = account.resident;
+  for (const auto& [other, held] : accounts_) {
+    if (other != id) taken += guarded(held, account.tier);
+  }
+  const std::size_t own_reserve = account.committed() - account.resident;
+  const std::size_t loans = evictable(false);
+  return std::min(less(less(capacity_, outside_), taken), own_reserve + uncommitted() + loans);
+}
+
+std::size_t Ledger::uncommitted() const {
+  return less(less(capacity_, outside_), committed_);
+}
+
+std::size_t Ledger::lent() const {
+  return less(committed_, less(capacity_, outside_));
+}
+
+std::size_t Ledger::evictable(bool of_loans) const {
+  return less(host_limit_, evicted_ + (of_loans ? 0 : lent()));
+}
+
+std::size_t Ledger::spare(Id holder, Id id) const {
+  const Account& held = account(holder);
+  const Account without{held.max, held.base, held.tier, 0, 0};
+  const Tier tier = account(id).tier;
+  return guarded(held, tier) - guarded(without, tier);
 }
 
 std::size_t Ledger::room(Id id) const {
   const Account& account = this->account(id);
-  const std::size_t reserved = account.committed() - account.resident;
-  return std::min(account.max - account.resident, reserved + uncommitted());
+  return std::min(account.max - account.held(), free_for(id));
+}
+
+std::size_t Ledger::restorable(Id id) const {
+  return std::min(account(id).evicted, free_for(id));
 }
 
 void Ledger::charge(Id id, std::size_t bytes) {
@@ -87,31 +140,77 @@ void Ledger::charge(Id id, std::size_t bytes) {
                                               " exceeds the room of " + format_bytes(room(id)));
   }
   Account& account = find(id);
-  replace(account, Account{account.max, account.base, account.resident + bytes});
+  Account changed = account;
+  changed.resident += bytes;
+  replace(account, changed);
+}
+
+void Ledger::restore(Id id, std::size_t bytes) {
+  if (bytes > restorable(id)) {
+    throw Error(ErrorCode::out_of_memory, "a restore of " + format_bytes(bytes) +
+                                              " exceeds the room of " +
+                                              format_bytes(restorable(id)));
+  }
+  Account& account = find(id);
+  Account changed = account;
+  changed.resident += bytes;
+  changed.evicted -= bytes;
+  replace(account, changed);
 }
 
 void Ledger::refund(Id id, std::size_t bytes) {
   Account& account = find(id);
-  if (bytes > account.resident) {
-    throw Error(ErrorCode::invalid_value, "a refund of " + format_bytes(bytes) +
-                                              " exceeds the held " +
-                                              format_bytes(account.resident));
-  }
-  replace(account, Account{account.max, account.base, account.resident - bytes});
+  if (bytes > account.resident) refuse_refund(bytes, account.resident, "a refund");
+  Account changed = account;
+  changed.resident -= bytes;
+  replace(account, changed);
+}
+
+void Ledger::evict(Id id, std::size_t bytes) {
+  Account& account = find(id);
+  if (bytes > account.resident) refuse_refund(bytes, account.resident, "an eviction");
+  Account changed = account;
+  changed.resident -= bytes;
+  changed.evicted += bytes;
+  replace(account, changed);
+}
+
+void Ledger::refund_evicted(Id id, std::size_t bytes) {
+  Account& account = find(id);
+  if (bytes > account.evicted) refuse_refund(bytes, account.evicted, "a refund");
+  Account changed = account;
+  changed.evicted -= bytes;
+  replace(account, changed);
 }
 
 void Ledger::check_invariants() const {
   std::size_t committed = 0;
   std::size_t resident = 0;
+  std::size_t evicted = 0;
+  std::map<Tier, std::size_t> committed_by_tier;
+  std::map<Tier, std::size_t> resident_by_tier;
   for (const auto& [id, account] : accounts_) {
     require(account.base <= account.max, "base <= max");
-    require(account.resident <= account.max, "resident <= max");
+    require(account.held() <= account.max, "resident and evicted <= max");
     committed += account.committed();
     resident += account.resident;
+    evicted += account.evicted;
+    committed_by_tier[account.tier] += account.committed();
+    resident_by_tier[account.tier] += account.resident;
   }
   require(committed == committed_, "committed is the sum of max(base, resident)");
   require(resident == resident_, "resident is the sum over the accounts");
-  require(committed_ <= capacity_, "the sum of max(base, resident) <= capacity");
+  require(evicted == evicted_ && evicted_ <= host_limit_, "evicted is the sum, within its limit");
+  require(resident_ <= capacity_, "the sum of resident <= capacity");
+  require(outside_ > 0 || evicted_ + lent() <= host_limit_, "what is lent can be evicted");
+  for (const auto& [tier, bytes] : committed_by_tier) {
+    std::size_t protected_bytes = bytes;
+    for (const auto& [other, held] : resident_by_tier) {
+      if (other > tier) protected_bytes += held;
+    }
+    require(protected_bytes <= capacity_,
+            "what a tier commits and higher ones hold <= capacity: bases can be claimed");
+  }
 }
 
 }  // namespace pgk

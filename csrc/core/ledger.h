@@ -1,14 +1,21 @@
 // Who may hold how much of the device: pure accounting in bytes, no memory is touched here.
 //
-// Each account has a budget `max`, a reserved part `base` and what it holds now, `resident`.
-// What an account commits is max(base, resident); the sum over all never exceeds the capacity.
-// So an account below its base can always be charged up to it, and nobody can be admitted or
-// grow at the cost of a reservation.
+// Each account has a budget `max`, a reserved part `base`, what it holds of the device now,
+// `resident`, and what it holds in host memory instead, `evicted`; the last two stay within the
+// budget together. What an account commits is max(base, resident). A new base must fit beside
+// everything that is committed.
+//
+// The unused part of a base is lent to accounts of lower tiers, and to no others: whoever lent it
+// can get it back by evicting them. So for every tier, what its accounts commit and what those of
+// higher tiers hold never exceeds the capacity; and as much host memory as is lent stays free for
+// the way back.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <map>
+
+#include "core/types.h"
 
 namespace pgk {
 
@@ -18,29 +25,53 @@ class Ledger {
   struct Account {
     std::size_t max = 0;
     std::size_t base = 0;
+    Tier tier = Tier::burstable;
     std::size_t resident = 0;
+    std::size_t evicted = 0;
     std::size_t committed() const { return base > resident ? base : resident; }
+    std::size_t held() const { return resident + evicted; }
   };
 
-  explicit Ledger(std::size_t capacity) : capacity_(capacity) {}
+  // Without host memory nothing can be evicted, and so nothing is lent.
+  explicit Ledger(std::size_t capacity, std::size_t host_limit = 0)
+      : capacity_(capacity), host_limit_(host_limit) {}
+
+  // How much of the capacity others than the accounts have taken.
+  void set_outside(std::size_t bytes) { outside_ = bytes; }
 
   // Throws ErrorCode::admission if `base` does not fit into what is not committed.
-  Id open(std::size_t max, std::size_t base);
+  Id open(std::size_t max, std::size_t base, Tier tier);
   // The account must hold nothing.
   void close(Id id);
   // Throws ErrorCode::admission as `open` does, ErrorCode::invalid_value if the account already
   // holds more than the new `max`. On an error nothing has changed.
   void resize(Id id, std::size_t max, std::size_t base);
 
-  // Throws ErrorCode::out_of_memory if `bytes` exceeds room(id).
+  // Throw ErrorCode::out_of_memory if `bytes` exceeds room(id), or restorable(id).
   void charge(Id id, std::size_t bytes);
+  void restore(Id id, std::size_t bytes);
+  // Throw ErrorCode::invalid_value if the account does not hold that much there.
   void refund(Id id, std::size_t bytes);
+  void evict(Id id, std::size_t bytes);
+  void refund_evicted(Id id, std::size_t bytes);
 
   // Bytes that charge() would accept now.
   std::size_t room(Id id) const;
+  // Bytes that restore() would accept now.
+  std::size_t restorable(Id id) const;
+  // Bytes of the device that the account could still hold, whatever its own budget.
+  std::size_t free_for(Id id) const;
+  // By how much free_for(id) would grow if `holder` gave up all that its base does not keep from it.
+  std::size_t spare(Id holder, Id id) const;
   // Bytes that are neither reserved nor held.
-  std::size_t uncommitted() const { return capacity_ - committed_; }
+  std::size_t uncommitted() const;
+  // Bytes of bases that others hold.
+  std::size_t lent() const;
+  // Bytes that can be evicted: what is lent must still find its place, unless it is that.
+  std::size_t evictable(bool of_loans) const;
+  std::size_t evicted() const { return evicted_; }
   std::size_t capacity() const { return capacity_; }
+  std::size_t host_limit() const { return host_limit_; }
   std::size_t resident() const { return resident_; }
   const Account& account(Id id) const;
 
@@ -52,8 +83,11 @@ class Ledger {
   void replace(Account& account, const Account& changed);
 
   std::size_t capacity_;
+  std::size_t host_limit_;
+  std::size_t outside_ = 0;
   std::size_t committed_ = 0;
   std::size_t resident_ = 0;
+  std::size_t evicted_ = 0;
   Id next_ = 1;
   std::map<Id, Account> accounts_;
 };

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "core/address_table.h"
+#include "core/blocking.h"
 #include "core/scope_exit.h"
 
 namespace pgk {
@@ -49,15 +50,21 @@ void keep_forever(const std::shared_ptr<Device>& device, std::shared_ptr<Context
 }  // namespace
 
 std::shared_ptr<Manager> Manager::make(std::shared_ptr<Device> device,
-                                       ThreadStreams* thread_streams) {
-  return std::shared_ptr<Manager>(new Manager(std::move(device), thread_streams));
+                                       ThreadStreams* thread_streams, std::size_t host_limit,
+                                       std::chrono::nanoseconds claim_timeout) {
+  return std::shared_ptr<Manager>(
+      new Manager(std::move(device), thread_streams, host_limit, claim_timeout));
 }
 
-Manager::Manager(std::shared_ptr<Device> device, ThreadStreams* thread_streams)
+Manager::Manager(std::shared_ptr<Device> device, ThreadStreams* thread_streams,
+                 std::size_t host_limit, std::chrono::nanoseconds claim_timeout)
     : device_(std::move(device)),
       thread_streams_(thread_streams),
-      ledger_(device_->properties().capacity),
-      pool_(*device_) {}
+      ledger_(device_->properties().capacity,
+              device_->properties().can_move ? host_limit : std::size_t{0}),
+      pool_(*device_),
+      host_pool_(device_, ledger_.host_limit()),
+      claim_timeout_(claim_timeout) {}
 
 Manager::~Manager() {
   if (!forked_) {
@@ -66,7 +73,7 @@ Manager::~Manager() {
                     std::make_move_iterator(contexts_.end()));
     contexts_.clear();
     collect_orphans();
-    pool_.trim();
+    pool_.trim(promised());
   }
   for (Context* context : all()) keep_forever(device_, context->shared_from_this());
 }
@@ -139,20 +146,22 @@ std::shared_ptr<Context> Manager::create_context(const ContextSpec& spec) {
   };
   until_settled([&]() -> std::optional<EventId> {
     require_possible();
-    reclaim(spec.base, nullptr);
+    refresh_outside();
+    reclaim_for_base(spec.base, nullptr);
     return ledger_.uncommitted() < spec.base ? first_retired() : std::nullopt;
   });
   const std::lock_guard lock(mutex_);
   require_possible();  // again: others may have come in between
   device_said_.clear();
   collect_orphans();
+  refresh_outside();
 
-  const auto account = on_behalf_of(spec.name, [&] { return ledger_.open(spec.max, spec.base); });
+  const auto account =
+      on_behalf_of(spec.name, [&] { return ledger_.open(spec.max, spec.base, spec.tier); });
   ScopeExit close_account([&] { ledger_.close(account); });
 
   const std::size_t page = page_bytes_for(spec.max);
-  on_behalf_of(spec.name, [&] { pool_.reserve(page, spec.base / page); });
-  ScopeExit drop_reservation([&] { pool_.unreserve(page, spec.base / page); });
+  on_behalf_of(spec.name, [&] { pool_.fill(page, spec.base / page, promised()); });
 
   const std::size_t segments =
       round_up(kSegmentsPerCapacity * ledger_.capacity(), AddressTable::kUnit);
@@ -175,8 +184,8 @@ std::shared_ptr<Context> Manager::create_context(const ContextSpec& spec) {
   contexts_.push_back(context);
   destroy_stream.dismiss();
   unreserve.dismiss();
-  drop_reservation.dismiss();
   close_account.dismiss();
+  aim_host_pool();
   return context;
 }
 
@@ -190,8 +199,15 @@ void Manager::require_live(const Context& context) const {
   }
 }
 
+void Manager::require_open(const Context& context) const {
+  const ContextLock lock(context.mutex_);
+  require_live(context);
+}
+
 void Manager::destroy_context(Context& context) {
-  const std::lock_guard lock(mutex_);
+  const Blocking blocking;
+  Lock lock(mutex_);
+  wait_until_still(lock, context);
   {
     const ContextLock context_lock(context.mutex_);
     require_live(context);
@@ -209,7 +225,8 @@ void Manager::destroy_context(Context& context) {
   orphans_.push_back(std::move(*it));
   contexts_.erase(it);
   collect_orphans();
-  pool_.trim();
+  pool_.trim(promised());
+  aim_host_pool();
 }
 
 void Manager::resize_context(Context& context, std::size_t max, std::size_t base) {
@@ -251,11 +268,14 @@ void Manager::resize_context(Context& context, std::size_t max, std::size_t base
       const std::size_t committed = ledger_.account(context.id()).committed();
       missing = base > committed ? base - committed : 0;
     }
-    reclaim(missing, &context);
+    refresh_outside();
+    reclaim_for_base(missing, &context);
     return ledger_.uncommitted() < missing ? first_retired() : std::nullopt;
   });
 
-  const std::lock_guard lock(mutex_);
+  const Blocking blocking;
+  Lock lock(mutex_);
+  wait_until_still(lock, context);
   const ContextLock context_lock(context.mutex_);
   require_live(context);
   device_said_.clear();
@@ -263,32 +283,15 @@ void Manager::resize_context(Context& context, std::size_t max, std::size_t base
   const Ledger::Account before = ledger_.account(context.id());
   on_behalf_of(context.name(), [&] { ledger_.resize(context.id(), max, base); });
   ScopeExit undo([&] { ledger_.resize(context.id(), before.max, before.base); });
-  on_behalf_of(context.name(), [&] { set_reserved_pages(context, before.base, base); });
-  undo.dismiss();
-}
-
-// Of the pages that `base` promises, those that the context has not mapped: they are in the pool.
-std::size_t Manager::unfilled_pages(const Context& context, std::size_t base) const {
-  const std::size_t pages = base / context.page_bytes();
-  const std::size_t resident = context.arena_.resident_pages();
-  return pages > resident ? pages - resident : 0;
-}
-
-void Manager::set_reserved_pages(const Context& context, std::size_t base_before,
-                                 std::size_t base_after) {
-  const std::size_t before = unfilled_pages(context, base_before);
-  const std::size_t after = unfilled_pages(context, base_after);
-  if (after > before) {
-    pool_.reserve(context.page_bytes(), after - before);
-  } else {
-    pool_.unreserve(context.page_bytes(), before - after);
+  // By now it is promised; what others have lent is not there.
+  const std::size_t added = unfilled_pages(context, base) - unfilled_pages(context, before.base);
+  if (base > before.base && added > 0) {
+    HandlePool::Keep others = promised();
+    others[page] -= added;
+    on_behalf_of(context.name(), [&] { pool_.fill(page, added, others); });
   }
-}
-
-void Manager::drop_reservation(Context& context) {
-  const Ledger::Account account = ledger_.account(context.id());
-  set_reserved_pages(context, account.base, 0);
-  ledger_.resize(context.id(), account.max, 0);
+  undo.dismiss();
+  aim_host_pool();
 }
 
 // Orphans ------------------------------------------------------------------------------------
@@ -330,7 +333,7 @@ bool Manager::dismantle(Context& orphan) {
     orphan.settle_fences();
     collect_retired(orphan);
     give_up_pages(orphan, SIZE_MAX);
-    if (orphan.arena_.resident_pages() > 0) return false;
+    if (orphan.is_moving() || orphan.arena_.resident_pages() > 0) return false;
     // Whoever gets these addresses next must not be taken for this context.
     AddressTable::set(orphan.address_, range, 0, nullptr);
     const Address segments = orphan.address_of(orphan.arena_.upper_zone());
@@ -365,23 +368,36 @@ std::vector<Context*> Manager::all() const {
   return contexts;
 }
 
+Context* Manager::find(std::uint64_t id) const {
+  const std::vector<Context*> contexts = all();
+  const auto it = std::find_if(contexts.begin(), contexts.end(),
+                               [id](const Context* context) { return context->id() == id; });
+  return it == contexts.end() ? nullptr : *it;
+}
+
 void Manager::lock_all() {
-  mutex_.lock();
+  Lock lock(mutex_);
+  // A page that moves is nowhere yet as far as the books go.
+  moved_.wait(lock, [this] { return stopped_contexts_ == 0; });
+  lock.release();
+  host_pool_.lock();
   for (Context* context : all()) context->mutex_.lock();
 }
 
 void Manager::unlock_all() {
   for (Context* context : all()) context->mutex_.unlock();
+  host_pool_.unlock();
   mutex_.unlock();
 }
 
 void Manager::detach_in_child() {
   forked_ = true;
+  host_pool_.forget_in_child();
   for (Context* context : all()) {
     context->state_ = Context::State::forked;
     context->sessions_.fetch_or(Context::kClosed);
-    for (const auto& [page, handle] : context->handles_) {
-      device_->privatise_in_child(context->address_of(page), handle);
+    for (const auto& [page, backing] : context->pages_) {
+      device_->privatise_in_child(context->address_of(page), backing.handle);
     }
   }
 }

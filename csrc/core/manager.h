@@ -1,12 +1,15 @@
-// Ties contexts, ledger, handle pool and device together, and owns the lock of every slow path:
-// creating and destroying contexts, and mapping pages for requests that miss.
+// Ties contexts, ledger, pools and device together, and owns the lock of every slow path: creating
+// and destroying contexts, mapping pages for requests that miss, and moving pages out and back.
 //
 // Lock order: manager, then one context; a second context's lock is only ever taken by the
 // holder of the manager's. No Python runs and no GIL is taken under either, and nobody waits for
 // the device's work under them: pages that work may still use are retired, and whoever needs them
-// waits without a lock and comes back.
+// waits without a lock and comes back. Pages are moved without a lock, too: whoever moves them has
+// stopped their contexts, in which nothing can be entered, allocated or unmapped until it is done.
 #pragma once
 
+#include <chrono>
+#include <condition_variable>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -14,7 +17,9 @@
 #include <vector>
 
 #include "core/context.h"
+#include "core/eviction.h"
 #include "core/handle_pool.h"
+#include "core/host_pool.h"
 #include "core/ledger.h"
 #include "device/device.h"
 
@@ -31,9 +36,11 @@ struct Usage {
   std::size_t max = 0;
   std::size_t base = 0;
   std::size_t peak = 0;
-  std::size_t available = 0;  // what the context could allocate in addition now
+  std::size_t evicted = 0;
+  std::size_t available = 0;  // what the context could allocate in addition now, by evicting others
   std::uint32_t live_blocks = 0;
   std::uint32_t sessions = 0;
+  Context::Counters counters;
 };
 
 // Sums over all contexts, those that are gone included.
@@ -55,14 +62,27 @@ struct DeviceUsage {
   std::size_t resident = 0;   // held by contexts, orphans included
   std::size_t pooled = 0;     // physical memory kept for reuse and for reservations
   std::size_t available = 0;  // the largest guarantee that would be admitted
+  std::size_t host_limit = 0;
+  std::size_t host_existing = 0;  // host memory made for evicted pages, and of it
+  std::size_t host_taken = 0;     // what holds contents: evicted pages and backups
   std::vector<Usage> contexts;
 };
 
 class Manager : public std::enable_shared_from_this<Manager> {
  public:
-  // `thread_streams` is what sessions of its contexts switch; it lives forever.
-  static std::shared_ptr<Manager> make(std::shared_ptr<Device> device,
-                                       ThreadStreams* thread_streams = nullptr);
+  // Asked before live data of others is moved for a request beyond the context's base: how many
+  // bytes it wants, and how many it could have. Called without any lock, and not for requests that
+  // are made within it.
+  using PressureHandler =
+      std::function<bool(const std::shared_ptr<Context>&, std::size_t, std::size_t)>;
+
+  // `thread_streams` is what sessions of its contexts switch; it lives forever. `host_limit` is how
+  // much host memory evicted pages may take. A claim of a base waits at most `claim_timeout` for
+  // contexts in use.
+  static std::shared_ptr<Manager> make(
+      std::shared_ptr<Device> device, ThreadStreams* thread_streams = nullptr,
+      std::size_t host_limit = 0,
+      std::chrono::nanoseconds claim_timeout = std::chrono::seconds(10));
   // Contexts with live blocks stay, with the device, so that the blocks stay valid.
   ~Manager();
 
@@ -74,9 +94,27 @@ class Manager : public std::enable_shared_from_this<Manager> {
   // Throws as create_context; also ErrorCode::invalid_value if live blocks hold more than `max`.
   void resize_context(Context& context, std::size_t max, std::size_t base);
 
+  // Moves all of an idle context's pages to host memory; those without live blocks are given up.
+  // Throws ErrorCode::busy if it is in use, pinned or cannot be waited for, ::out_of_memory if there
+  // is no host memory left, ::device. What was moved by then stays out.
+  void evict_context(Context& context);
+  // Brings all back, at the cost of others as a request of the context would. Does nothing while
+  // it is in use. Throws ErrorCode::out_of_memory with who holds what, or ::device.
+  void restore_context(Context& context);
+  // From pin() to unpin() nothing of the context is moved. pin() throws as begin_session() does.
+  void pin(Context& context);
+  void unpin(Context& context);
+  // As long as `consumer` is in use, and until its stream is past what it holds then, `producer`
+  // is not moved, unless for somebody's base.
+  void declare_consumer(Context& producer, const std::shared_ptr<Context>& consumer);
+  void set_pressure_handler(PressureHandler handler);
+  // For memory outside of contexts: gives back what trim() does, and evicts idle best-effort
+  // contexts for what of `bytes` the device still lacks. Returns whether anything came of it.
+  bool give_way(std::size_t bytes);
+
   // Throws ErrorCode::context_destroyed if nothing of the context is left.
-  Usage usage(const Context& context) const;
-  DeviceUsage device_usage() const;
+  Usage usage(const Context& context);
+  DeviceUsage device_usage();
   Totals totals() const;
   // All peaks start again from what is used now.
   void reset_peaks();
@@ -90,8 +128,9 @@ class Manager : public std::enable_shared_from_this<Manager> {
   void* allocate_slow(Context& context, std::size_t bytes, StreamId stream, bool may_wait,
                       std::string* device_said);
   void collect_orphan(std::uint64_t id);
+  void admit(Context& context, bool keeps_active);
   // Counts a request that could not be had, and throws its ErrorCode::out_of_memory.
-  [[noreturn]] void refuse(Context& context, std::size_t bytes, const std::string& device_said);
+  [[noreturn]] void refuse(Context& context, std::size_t bytes, const std::string& said);
 
   // For the fork guard only: all locks before a fork, and in the child afterwards memory of its
   // own and contexts that refuse to be used.
@@ -103,7 +142,25 @@ class Manager : public std::enable_shared_from_this<Manager> {
   void check_invariants() const;
 
  private:
-  Manager(std::shared_ptr<Device> device, ThreadStreams* thread_streams);
+  using Clock = std::chrono::steady_clock;
+  using Lock = std::unique_lock<std::mutex>;
+  class Stopped;
+  struct Need;
+  struct Round;
+  // A context as far as others may want something of it.
+  struct Standing {
+    Holder holder;           // with all of its live pages as spare
+    std::size_t cached = 0;  // bytes in pages without live blocks
+    bool is_pinned = false;
+  };
+  // What others could give to a claimant.
+  struct Survey {
+    std::size_t cached = 0;  // bytes in pages without live blocks
+    std::vector<Holder> holders;
+  };
+
+  Manager(std::shared_ptr<Device> device, ThreadStreams* thread_streams, std::size_t host_limit,
+          std::chrono::nanoseconds claim_timeout);
 
   void validate(const ContextSpec& spec) const;
   std::size_t page_bytes_for(std::size_t max) const;
@@ -126,25 +183,66 @@ class Manager : public std::enable_shared_from_this<Manager> {
   void collect_retired(Context& context);
   void collect_all_retired();
   std::optional<EventId> first_retired() const;
-  void reclaim(std::size_t goal, const Context* except);
+  void reclaim(const std::function<std::size_t()>& missing,
+               const std::function<std::size_t(const Context&)>& spare, const Context* except);
+  void reclaim_for_base(std::size_t base, const Context* except);
   void drop_reservation(Context& context);
   bool dismantle(Context& orphan);
   void collect_orphans();
-  void set_reserved_pages(const Context& context, std::size_t base_before, std::size_t base_after);
   std::size_t unfilled_pages(const Context& context, std::size_t base) const;
+  HandlePool::Keep promised() const;
+  HandlePool::Keep promised_to_others(const Context& claimant) const;
+  HandlePool::Keep not_lent_to(const Context& claimant) const;
+  void aim_host_pool();
+  void refresh_outside();
   void require_live(const Context& context) const;
 
-  Usage usage_of(const Context& context, std::size_t protected_bytes,
-                 std::size_t unprotected_bytes) const;
+  // Moving: with the manager's lock up to choose_ins(), without any from carry_out() on.
+  bool is_used(const Context& context) const;
+  void require_open(const Context& context) const;
+  std::vector<Standing> standings(const Context* except, const Stopped* stopped = nullptr) const;
+  Survey survey(const Context* claimant, const std::vector<Standing>& standings) const;
+  std::size_t obtainable(const Context& claimant, bool of_base,
+                         const std::vector<Standing>& standings) const;
+  void wait_until_still(Lock& lock, const Context& context);
+  std::size_t missing_of(const Need& need);
+  std::vector<Eviction> plan(const Need& need, std::size_t missing, const Stopped& stopped,
+                             std::string& why) const;
+  bool choose_outs(const std::vector<Eviction>& plan, Stopped& stopped, Round& round);
+  void add_outs(Context& context, std::size_t count, Round& round);
+  std::optional<Error> choose_ins(Context& context, Round& round);
+  std::optional<Error> carry_out(Round& round);
+  void quiesce(const std::vector<StreamId>& streams);
+  void take_host_memory(Round& round);
+  void settle(Round& round, std::uint64_t nanoseconds);
+  void drop_backups(std::size_t bytes);
+  bool make_room(const Need& need, std::string& why);
+  bool may_try_again(const Need& need, const Round& round, const std::optional<Error>& failure,
+                     Stopped& victims, std::string& why);
+  void bring_back(Context& context);
+  bool ask(Context& context, std::size_t bytes, std::size_t available);
+  std::string host_memory_is_full() const;
+  std::string holdings(const DeviceUsage& device) const;
+  [[noreturn]] void refuse_restore(Context& context, const std::string& why,
+                                   ErrorCode code = ErrorCode::out_of_memory);
+
+  Usage usage_of(const Context& context, const std::vector<Standing>& standings) const;
   std::size_t protected_bytes(const Context& context) const;
   std::size_t unprotected_bytes(std::size_t protected_bytes) const;
   std::vector<Context*> all() const;
+  Context* find(std::uint64_t id) const;
 
   mutable std::mutex mutex_;
+  mutable std::condition_variable moved_;  // contexts that were stopped have been let go
   std::shared_ptr<Device> device_;
   ThreadStreams* thread_streams_;
   Ledger ledger_;
   HandlePool pool_;
+  HostPool host_pool_;
+  const std::chrono::nanoseconds claim_timeout_;
+  std::shared_ptr<PressureHandler> pressure_handler_;
+  std::size_t stopped_contexts_ = 0;
+  std::size_t stopped_victims_ = 0;
   std::vector<std::shared_ptr<Context>> contexts_;
   std::vector<std::shared_ptr<Context>> orphans_;
   // What the device refused in the operation under way, for the error that may come of it.

@@ -1,9 +1,11 @@
-// The manager's second half: how pages come to arenas and leave them.
+// The manager's third part: how pages come to arenas and leave them.
 #include <algorithm>
 #include <functional>
 
 #include "core/blocking.h"
 #include "core/manager.h"
+#include "core/manager_moves.h"
+#include "core/scope_exit.h"
 
 namespace pgk {
 namespace {
@@ -16,30 +18,61 @@ void* Manager::allocate_slow(Context& context, std::size_t bytes, StreamId strea
                              std::string* device_said) {
   const Blocking blocking(may_wait);
   const std::size_t granules = bytes / kGranule + (bytes % kGranule != 0);
+  Need need{&context, 0, false, Clock::now() + claim_timeout_};
+  bool is_asked = false;
+  std::string said;
+  ScopeExit tell([&] {
+    if (device_said != nullptr) *device_said = said;
+  });
   for (;;) {
     std::optional<EventId> awaited;
+    std::size_t available = 0;
+    need.room = 0;
     {
-      const std::lock_guard lock(mutex_);
+      Lock lock(mutex_);
+      if (may_wait) wait_until_still(lock, context);
       device_said_.clear();
       const ContextLock context_lock(context.mutex_);
       require_live(context);
       const std::size_t used = context.arena_.used_bytes();
-      if (granules < Arena::kNone &&
-          used + granules * kGranule <= ledger_.account(context.id()).max) {
-        const std::uint32_t start =
-            obtain(context, static_cast<std::uint32_t>(granules), context.lane_for(stream));
-        if (start != Arena::kNone) return context.finish_allocation(start, granules);
-        if (may_wait) {
-          awaited = awaited_event(context, static_cast<std::uint32_t>(granules),
-                                  context.lane_for(stream));
-        }
+      const std::size_t budget = ledger_.account(context.id()).max;
+      if (context.is_moving() || granules >= Arena::kNone || used + granules * kGranule > budget) {
+        return nullptr;
       }
-      if (device_said != nullptr) *device_said = device_said_;
+      refresh_outside();
+      const auto count = static_cast<std::uint32_t>(granules);
+      const Arena::Lane lane = context.lane_for(stream);
+      const std::uint32_t start = obtain(context, count, lane);
+      said = device_said_.empty() ? "" : "the device said: " + device_said_;
+      if (start != Arena::kNone) return context.finish_allocation(start, granules);
+      if (!may_wait) return nullptr;
+      awaited = awaited_event(context, count, lane);
+      if (!awaited) {
+        const Ledger::Account& account = ledger_.account(context.id());
+        const auto plan = context.arena_.plan_growth(count, lane);
+        need.room = plan ? plan->count * context.page_bytes() : 0;
+        need.of_base = account.resident + need.room <= account.base;
+        const bool is_short = need.room > ledger_.free_for(context.id());
+        if (!is_short || need.room > account.max - account.held()) return nullptr;
+        available = obtainable(context, need.of_base, standings(&context));
+      }
     }
-    if (!awaited) return nullptr;
-    device_->synchronize_event(*awaited);
-    const std::lock_guard lock(mutex_);
-    collect_all_retired();
+    if (awaited) {
+      device_->synchronize_event(*awaited);
+      const std::lock_guard lock(mutex_);
+      collect_all_retired();
+      continue;
+    }
+    if (available < need.room) return nullptr;
+    if (!need.of_base && !is_asked) {
+      is_asked = true;
+      if (!ask(context, bytes, available)) {
+        said = "a memory pressure handler refused to have others evicted";
+        return nullptr;
+      }
+      continue;  // it may have made room
+    }
+    if (!make_room(need, said)) return nullptr;
   }
 }
 
@@ -67,12 +100,19 @@ bool Manager::grow(Context& context, std::uint32_t granules, Arena::Lane lane) {
     const std::size_t allowed = allowed_bytes / page;
     return plan->count > allowed ? plan->count - allowed : 0;
   };
-  const auto over_budget = [&] { return pages_beyond(account.max - account.resident); };
+  const auto over_budget = [&] { return pages_beyond(account.max - account.held()); };
   const auto short_of_room = [&] { return pages_beyond(ledger_.room(context.id())); };
   const auto make_room = [&] {
     if (short_of_room() > 0) give_up_pages(context, short_of_room(), lane, plan);
     if (over_budget() == 0 && short_of_room() > 0) {
-      reclaim(ledger_.uncommitted() + short_of_room() * page, &context);
+      const std::size_t bytes = plan->count * page;
+      const bool of_base = account.resident + bytes <= account.base;
+      // Others keep what would not suffice.
+      if (obtainable(context, of_base, standings(&context)) >= bytes) {
+        reclaim([&] { return short_of_room() * page; },
+                [&](const Context& other) { return ledger_.spare(other.id(), context.id()); },
+                &context);
+      }
     }
     return short_of_room() == 0;
   };
@@ -127,20 +167,20 @@ bool Manager::adopt_lanes(Context& context, Arena::Lane lane) {
 // Pages mapped before a device call failed stay with the arena, as free pages.
 void Manager::map_pages(Context& context, Arena::PageRun pages, Arena::Lane lane) {
   const std::size_t page_bytes = context.page_bytes();
-  const std::size_t base = ledger_.account(context.id()).base;
+  const HandlePool::Keep others = promised_to_others(context);
+  const HandlePool::Keep not_lent = not_lent_to(context);
   std::uint32_t mapped = 0;
   try {
     for (; mapped < pages.count; ++mapped) {
       const std::uint32_t page = pages.first + mapped;
-      const bool reserved = base / page_bytes > context.handles_.size();
-      const Handle handle = pool_.take(page_bytes, reserved);
+      const Handle handle = pool_.take(page_bytes, others, not_lent);
       try {
         device_->map(context.address_of(page), handle);
       } catch (...) {
-        pool_.give_back(handle, reserved);
+        pool_.give_back(handle);
         throw;
       }
-      context.handles_.emplace(page, handle);
+      context.pages_.emplace(page, Context::Page{handle, std::nullopt, std::nullopt});
       ledger_.charge(context.id(), page_bytes);
     }
   } catch (const Error& error) {
@@ -173,6 +213,7 @@ void Manager::give_up_pages(Context& context, std::size_t count, Arena::Lane req
     if (is_new) entry->second = ask(context.lanes_[lane]);
     return entry->second;
   };
+  if (context.is_moving()) return;
   // Pages that lanes share are free only once the free parts are in one lane.
   const Arena::Lane target = context.arena_.is_upper(requester) ? 0 : requester;
   for (std::size_t lane = 0; lane < context.lanes_.size(); ++lane) {
@@ -204,17 +245,23 @@ void Manager::give_up_pages(Context& context, std::size_t count, Arena::Lane req
 // and booked, and whoever needed it sees that too little came.
 void Manager::unmap_retired(Context& context, Arena::PageRun run) {
   const std::size_t page_bytes = context.page_bytes();
-  const std::size_t base_pages = ledger_.account(context.id()).base / page_bytes;
   const std::uint32_t end = run.first + run.count;
   std::uint32_t unmapped = 0;
   try {
     for (; unmapped < run.count; ++unmapped) {
-      const auto entry = context.handles_.find(end - unmapped - 1);
-      const Handle handle = entry->second;
-      device_->unmap(context.address_of(entry->first), handle);
-      context.handles_.erase(entry);
-      ledger_.refund(context.id(), page_bytes);
-      pool_.give_back(handle, base_pages > context.handles_.size());
+      const auto entry = context.pages_.find(end - unmapped - 1);
+      const Context::Page page = entry->second;
+      device_->unmap(context.address_of(entry->first), page.handle);
+      context.pages_.erase(entry);
+      if (page.backup) host_pool_.give_back(*page.backup);
+      if (page.handle.on_host) {
+        --context.evicted_pages_;
+        ledger_.refund_evicted(context.id(), page_bytes);
+        host_pool_.give_back(page.handle);
+      } else {
+        ledger_.refund(context.id(), page_bytes);
+        pool_.give_back(page.handle);
+      }
     }
   } catch (const Error& error) {
     device_said_ = error.what();
@@ -253,7 +300,7 @@ std::optional<EventId> Manager::awaited_event(const Context& context, std::uint3
   const Ledger::Account& account = ledger_.account(context.id());
   const std::size_t bytes = plan->count * context.page_bytes();
   const bool device_is_short =
-      bytes <= account.max - account.resident && bytes > ledger_.room(context.id());
+      bytes <= account.max - account.held() && bytes > ledger_.room(context.id());
   return device_is_short ? first_retired() : std::nullopt;
 }
 
@@ -264,18 +311,11 @@ std::optional<EventId> Manager::first_retired() const {
   return std::nullopt;
 }
 
-// Takes free pages that contexts hold beyond their bases, orphans first, then by tier, until
-// `goal` bytes are or will be uncommitted. Takes none if they would not suffice.
-void Manager::reclaim(std::size_t goal, const Context* except) {
-  if (ledger_.uncommitted() >= goal) return;
-  std::size_t reachable = ledger_.uncommitted();
-  for (const Context* context : all()) {
-    if (context == except) continue;
-    const ContextLock lock(context->mutex_);
-    reachable += ledger_.account(context->id()).committed() - protected_bytes(*context);
-  }
-  if (reachable < goal) return;
-
+// Has contexts give up free pages until nothing is `missing` or all of it is on its way; of each
+// at most what is `spare`. Orphans first, then by tier.
+void Manager::reclaim(const std::function<std::size_t()>& missing,
+                      const std::function<std::size_t(const Context&)>& spare,
+                      const Context* except) {
   std::vector<Context*> contexts = all();
   std::stable_sort(contexts.begin(), contexts.end(), [](const Context* a, const Context* b) {
     const auto rank = [](const Context* c) {
@@ -285,21 +325,39 @@ void Manager::reclaim(std::size_t goal, const Context* except) {
   });
   std::size_t coming = 0;
   for (Context* context : contexts) {
-    if (ledger_.uncommitted() + coming >= goal) return;
+    if (missing() <= coming) return;
     if (context == except) continue;
     const ContextLock lock(context->mutex_);
     collect_retired(*context);
-    const Ledger::Account& account = ledger_.account(context->id());
-    if (account.resident <= account.base) continue;
-    const std::size_t spare = account.resident - account.base;
-    const auto retired = [&] { return std::min(spare, context->retired_bytes()); };
+    const std::size_t limit = spare(*context);
+    if (limit == 0) continue;
+    const auto retired = [&] { return std::min(limit, context->retired_bytes()); };
     const std::size_t already = retired();
     coming += already;
-    if (ledger_.uncommitted() + coming >= goal) return;
-    const std::size_t wanted = std::min(spare - already, goal - ledger_.uncommitted() - coming);
-    give_up_pages(*context, (wanted + context->page_bytes() - 1) / context->page_bytes());
+    if (missing() <= coming) return;
+    const std::size_t page = context->page_bytes();
+    const std::size_t wanted = std::min(limit - already, missing() - coming);
+    // Evicted pages among them would not help, and cost nothing to lose.
+    give_up_pages(*context, context->evicted_pages_ > 0 ? SIZE_MAX : (wanted + page - 1) / page);
     coming += retired() - already;
   }
+}
+
+// The same for a reservation, unless it would not suffice.
+void Manager::reclaim_for_base(std::size_t base, const Context* except) {
+  std::size_t reachable = ledger_.uncommitted();
+  for (const Context* context : all()) {
+    if (context == except) continue;
+    const ContextLock lock(context->mutex_);
+    reachable += ledger_.account(context->id()).committed() - protected_bytes(*context);
+  }
+  if (reachable < base) return;
+  reclaim([&] { return base - std::min(base, ledger_.uncommitted()); },
+          [&](const Context& context) {
+            const Ledger::Account& account = ledger_.account(context.id());
+            return account.committed() - account.base;
+          },
+          except);
 }
 
 std::size_t Manager::trim() {
@@ -317,7 +375,7 @@ std::size_t Manager::trim() {
   until_settled([this] { return first_retired(); });
   const std::lock_guard lock(mutex_);
   collect_orphans();
-  pool_.trim();
+  pool_.trim(promised());
   return before - std::min(before, pool_.existing_bytes());
 }
 

@@ -1,4 +1,4 @@
-// The manager's third part: what it tells about itself, in figures, in errors and in checks.
+// The manager's last part: what it tells about itself, in figures, in errors and in checks.
 #include <algorithm>
 #include <map>
 #include <optional>
@@ -13,11 +13,11 @@ using ContextLock = std::lock_guard<SpinLock>;
 
 }  // namespace
 
-// What nobody else can get of the context now: its base, or the pages with live blocks if more.
+// What nobody else can get of the context now: its base, or the resident pages with live blocks if
+// more.
 std::size_t Manager::protected_bytes(const Context& context) const {
-  const Arena& arena = context.arena_;
   const std::size_t occupied =
-      (arena.resident_pages() - arena.count_free_pages()) * arena.page_bytes();
+      (context.device_pages() - context.idle_device_pages()) * context.page_bytes();
   return std::max(occupied, ledger_.account(context.id()).base);
 }
 
@@ -29,13 +29,15 @@ std::size_t Manager::unprotected_bytes(std::size_t protected_bytes) const {
   return obtainable - std::min(obtainable, protected_bytes);
 }
 
-Usage Manager::usage_of(const Context& context, std::size_t protected_bytes,
-                        std::size_t unprotected_bytes) const {
-  const ContextLock lock(context.mutex_);
+Usage Manager::usage_of(const Context& context, const std::vector<Standing>& standings) const {
   const Ledger::Account& account = ledger_.account(context.id());
   const std::size_t page = context.page_bytes();
-  const std::size_t reachable =
-      std::min(account.max, unprotected_bytes + protected_bytes) / page * page;
+  // Up to the base, contexts in use give way, too.
+  const std::size_t below_base = account.base - std::min(account.base, account.held());
+  const std::size_t more = std::max(obtainable(context, false, standings),
+                                    std::min(below_base, obtainable(context, true, standings)));
+  const std::size_t reachable = std::min(account.max, account.held() + more) / page * page;
+  const ContextLock lock(context.mutex_);
   Usage usage;
   usage.id = context.id();
   usage.name = context.name();
@@ -43,52 +45,47 @@ Usage Manager::usage_of(const Context& context, std::size_t protected_bytes,
   usage.orphan = context.state_ == Context::State::orphan;
   usage.used = context.arena_.used_bytes();
   usage.resident = account.resident;
+  usage.evicted = account.evicted;
   usage.max = account.max;
   usage.base = account.base;
   usage.peak = context.arena_.peak_bytes();
   usage.available = reachable > usage.used ? reachable - usage.used : 0;
   usage.live_blocks = context.arena_.live_blocks();
   usage.sessions = context.sessions();
+  usage.counters = context.counters_;
   return usage;
 }
 
-Usage Manager::usage(const Context& context) const {
+Usage Manager::usage(const Context& context) {
   const std::lock_guard lock(mutex_);
   require_usable();
-  std::optional<std::size_t> own;
-  std::size_t protected_by_all = 0;
-  for (const Context* known : all()) {
-    const ContextLock context_lock(known->mutex_);
-    const std::size_t bytes = protected_bytes(*known);
-    if (known == &context) own = bytes;
-    protected_by_all += bytes;
-  }
-  if (!own) {
+  refresh_outside();
+  if (find(context.id()) != &context) {
     throw Error(ErrorCode::context_destroyed,
                 "context '" + context.name() + "' has been destroyed");
   }
-  return usage_of(context, *own, unprotected_bytes(protected_by_all));
+  return usage_of(context, standings(&context));
 }
 
-DeviceUsage Manager::device_usage() const {
+DeviceUsage Manager::device_usage() {
   const std::lock_guard lock(mutex_);
   require_usable();
+  refresh_outside();
   DeviceUsage usage;
   usage.capacity = ledger_.capacity();
   usage.resident = ledger_.resident();
   usage.pooled = pool_.pooled_bytes();
-  std::vector<std::size_t> guarded;
+  usage.host_limit = host_pool_.limit();
+  usage.host_existing = host_pool_.existing_bytes();
+  usage.host_taken = host_pool_.taken_bytes();
   std::size_t protected_by_all = 0;
   for (const Context* context : all()) {
     const ContextLock context_lock(context->mutex_);
-    guarded.push_back(protected_bytes(*context));
-    protected_by_all += guarded.back();
+    protected_by_all += protected_bytes(*context);
   }
   usage.available = unprotected_bytes(protected_by_all);
-  auto bytes = guarded.begin();
-  for (const Context* context : all()) {
-    usage.contexts.push_back(usage_of(*context, *bytes++, usage.available));
-  }
+  const std::vector<Standing> standings = this->standings(nullptr);
+  for (const Context* context : all()) usage.contexts.push_back(usage_of(*context, standings));
   return usage;
 }
 
@@ -124,7 +121,25 @@ void Manager::reset_peaks() {
   }
 }
 
-void Manager::refuse(Context& context, std::size_t bytes, const std::string& device_said) {
+// Who holds what of the device, as the end of an error's text.
+std::string Manager::holdings(const DeviceUsage& device) const {
+  std::string text = " Device '" + device_->properties().name + "': capacity " +
+                     format_bytes(device.capacity) + ", resident " +
+                     format_bytes(device.resident) + "; used by";
+  for (std::size_t i = 0; i < device.contexts.size(); ++i) {
+    const Usage& other = device.contexts[i];
+    text += (i == 0 ? " " : ", ") + other.name + " " + format_bytes(other.used) + " (" +
+            to_string(other.tier);
+    if (other.base != 0) text += ", base " + format_bytes(other.base);
+    if (other.evicted != 0) text += ", evicted " + format_bytes(other.evicted);
+    if (other.sessions != 0) text += ", in use";
+    if (other.orphan) text += ", destroyed";
+    text += ")";
+  }
+  return text + ".";
+}
+
+void Manager::refuse(Context& context, std::size_t bytes, const std::string& said) {
   {
     const ContextLock lock(context.mutex_);
     ++context.counters_.refusals;
@@ -142,17 +157,8 @@ void Manager::refuse(Context& context, std::size_t bytes, const std::string& dev
       "context '" + own.name + "' is out of memory: tried to allocate " + format_bytes(bytes) +
       " with " + format_bytes(own.used) + " of its budget of " + format_bytes(own.max) +
       " in use (" + format_bytes(own.resident) + " resident, peak " + format_bytes(own.peak) + ").";
-  if (!device_said.empty()) text += " The device said: " + device_said + ".";
-  text += " Device '" + device_->properties().name + "': capacity " +
-          format_bytes(device.capacity) + ", resident " + format_bytes(device.resident) +
-          "; used by";
-  for (std::size_t i = 0; i < device.contexts.size(); ++i) {
-    const Usage& other = device.contexts[i];
-    text += (i == 0 ? " " : ", ") + other.name + " " + format_bytes(other.used) + " (" +
-            (other.orphan ? "destroyed" : to_string(other.tier)) + ", base " +
-            format_bytes(other.base) + ")";
-  }
-  text += ".";
+  if (!said.empty()) text += " Reason: " + said + ".";
+  text += holdings(device);
   if (bytes <= own.available) {
     text += " Free room of " + format_bytes(own.available) + " is fragmented over pages of " +
             format_bytes(context.page_bytes()) + ".";
@@ -160,31 +166,58 @@ void Manager::refuse(Context& context, std::size_t bytes, const std::string& dev
   throw Error(ErrorCode::out_of_memory, text);
 }
 
+void Manager::refuse_restore(Context& context, const std::string& why, ErrorCode code) {
+  const std::size_t evicted = usage(context).evicted;
+  throw Error(code, "context '" + context.name() + "' cannot be brought back: " +
+                        format_bytes(evicted) + " of it are in host memory, and there is no room" +
+                        (why.empty() ? "" : ": " + why) + "." + holdings(device_usage()));
+}
+
 void Manager::check_invariants() const {
-  const std::lock_guard lock(mutex_);
+  Lock lock(mutex_);
+  // A page that moves is nowhere as far as the books go.
+  moved_.wait(lock, [this] { return stopped_contexts_ == 0; });
   ledger_.check_invariants();
   std::size_t resident = 0;
-  std::map<std::size_t, std::size_t> unfilled;  // reserved pages that are not mapped, by size
+  std::size_t on_host = 0;
+  std::map<std::size_t, std::size_t> unfilled;  // reserved pages that are not held, by size
   for (const Context* context : all()) {
     const ContextLock context_lock(context->mutex_);
     const Arena& arena = context->arena_;
     arena.check_invariants();
     const Ledger::Account& account = ledger_.account(context->id());
-    const std::size_t bytes = arena.resident_pages() * arena.page_bytes();
-    require(arena.resident_pages() == context->handles_.size(), "a handle per resident page");
-    require(bytes == account.resident, "the ledger holds what the arena has");
+    require(arena.resident_pages() == context->pages_.size(), "a backing per page");
+    std::size_t evicted_pages = 0;
+    for (const auto& [number, page] : context->pages_) {
+      evicted_pages += page.handle.on_host ? 1 : 0;
+      on_host += (page.handle.on_host ? 1 : 0) * arena.page_bytes();
+      on_host += (page.backup ? 1 : 0) * arena.page_bytes();
+      require(!page.backup || !page.handle.on_host, "only resident pages have backups");
+      require(!page.backup || page.contents, "what a backup holds is known");
+    }
+    require(evicted_pages == context->evicted_pages_, "evicted pages are counted");
+    require(evicted_pages * arena.page_bytes() == account.evicted, "the ledger knows of them");
+    require(context->device_pages() * arena.page_bytes() == account.resident,
+            "the ledger holds what the arena has");
+    const bool is_flagged = (context->sessions_.load() & Context::kEvicted) != 0;
+    require(evicted_pages == 0 || is_flagged || context->state_ == Context::State::forked,
+            "whoever enters sees that pages are evicted");
     require(context->lanes_.size() == arena.lanes(), "every lane has a stream");
     require(arena.used_bytes() <= account.max, "used <= max");
     require(context->state_ == Context::State::orphan || context->manager_of_orphan_ == nullptr,
             "only orphans keep their manager");
-    resident += bytes;
+    resident += account.resident;
     unfilled[arena.page_bytes()] += unfilled_pages(*context, account.base);
   }
   require(resident + pool_.pooled_bytes() == pool_.existing_bytes(), "no handle is lost");
   require(pool_.existing_bytes() <= ledger_.capacity(), "handles fit the device");
+  require(on_host == host_pool_.taken_bytes(), "no host memory is lost");
+  require(host_pool_.existing_bytes() <= host_pool_.limit(), "host memory stays within its limit");
+  std::size_t missing = 0;
   for (const auto& [page, count] : unfilled) {
-    require(pool_.reserved(page) == count, "reservations are physical");
+    missing += (count - std::min(count, pool_.pooled(page))) * page;
   }
+  require(missing <= ledger_.lent(), "reservations are physical, but for what is lent");
 }
 
 }  // namespace pgk

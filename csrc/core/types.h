@@ -10,7 +10,10 @@
 //   fence      what keeps a freed block from reuse while other streams may still use it
 //   used       bytes of live blocks
 //   resident   (of a page) backed by device memory; the bytes of all such pages
+//   evicted    (of a page) backed by host memory at the same address; the bytes of all such pages
+//   backup     host memory that still holds what a page held when it came back to the device
 //   base       the part of a budget that is reserved for the context
+//   active     in use by open sessions, its own or those of declared consumers; otherwise idle
 //   orphan     a destroyed context whose memory is still held by live blocks
 #pragma once
 

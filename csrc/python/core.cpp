@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/arena.h"
+#include "core/eviction.h"
 #include "core/ledger.h"
 #include "python/bindings.h"
 
@@ -18,16 +19,26 @@ using Run = std::tuple<std::uint32_t, std::uint32_t>;  // first page, count
 
 void bind_ledger(py::module_& module) {
   py::class_<Ledger>(module, "Ledger")
-      .def(py::init<std::size_t>(), py::arg("capacity"))
-      .def("open", &Ledger::open, py::arg("max"), py::arg("base"))
+      .def(py::init<std::size_t, std::size_t>(), py::arg("capacity"), py::arg("host_limit") = 0)
+      .def("open", &Ledger::open, py::arg("max"), py::arg("base"),
+           py::arg_v("tier", Tier::burstable, "Tier.burstable"))
       .def("close", &Ledger::close, py::arg("account"))
       .def("resize", &Ledger::resize, py::arg("account"), py::arg("max"), py::arg("base"))
       .def("charge", &Ledger::charge, py::arg("account"), py::arg("bytes"))
       .def("refund", &Ledger::refund, py::arg("account"), py::arg("bytes"))
+      .def("evict", &Ledger::evict, py::arg("account"), py::arg("bytes"))
+      .def("restore", &Ledger::restore, py::arg("account"), py::arg("bytes"))
+      .def("refund_evicted", &Ledger::refund_evicted, py::arg("account"), py::arg("bytes"))
       .def("room", &Ledger::room, py::arg("account"))
+      .def("restorable", &Ledger::restorable, py::arg("account"))
+      .def("free_for", &Ledger::free_for, py::arg("account"))
+      .def("spare", &Ledger::spare, py::arg("holder"), py::arg("account"))
+      .def("evictable", &Ledger::evictable, py::arg("of_loans"))
       .def("check_invariants", &Ledger::check_invariants)
       .def_property_readonly("capacity", &Ledger::capacity)
       .def_property_readonly("resident", &Ledger::resident)
+      .def_property_readonly("evicted", &Ledger::evicted)
+      .def_property_readonly("lent", &Ledger::lent)
       .def_property_readonly("uncommitted", &Ledger::uncommitted);
 }
 
@@ -97,11 +108,36 @@ void bind_arena(py::module_& module) {
       .def_property_readonly("live_blocks", &Arena::live_blocks);
 }
 
+void bind_eviction(py::module_& module) {
+  py::class_<Holder>(module, "Holder")
+      .def(py::init([](std::uint64_t id, Tier tier, bool orphan, bool active,
+                       std::uint64_t last_use, std::size_t spare, std::size_t page) {
+             return Holder{id, tier, orphan, active, last_use, spare, page};
+           }),
+           py::arg("id"), py::arg("tier"), py::arg("orphan"), py::arg("active"),
+           py::arg("last_use"), py::arg("spare"), py::arg("page"));
+  module.def(
+      "plan_eviction",
+      [](Tier tier, bool of_base, std::size_t bytes, std::vector<Holder> holders) {
+        std::vector<std::tuple<std::uint64_t, std::size_t, bool>> plan;
+        for (const Eviction& step : plan_eviction({tier, of_base, bytes}, std::move(holders))) {
+          plan.emplace_back(step.id, step.bytes, step.active);
+        }
+        return plan;
+      },
+      py::arg("tier"), py::arg("of_base"), py::arg("bytes"), py::arg("holders"));
+}
+
 }  // namespace
 
 void bind_core(py::module_& module) {
+  py::enum_<Tier>(module, "Tier")
+      .value("best_effort", Tier::best_effort)
+      .value("burstable", Tier::burstable)
+      .value("guaranteed", Tier::guaranteed);
   bind_ledger(module);
   bind_arena(module);
+  bind_eviction(module);
 }
 
 }  // namespace pgk::python

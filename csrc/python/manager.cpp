@@ -2,9 +2,11 @@
 
 #include <pybind11/stl.h>
 
+#include <chrono>
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/thread_streams.h"
@@ -21,10 +23,20 @@ namespace {
 using Unlocked = py::call_guard<py::gil_scoped_release>;
 
 void bind_records(py::module_& module) {
-  py::enum_<Tier>(module, "Tier")
-      .value("best_effort", Tier::best_effort)
-      .value("burstable", Tier::burstable)
-      .value("guaranteed", Tier::guaranteed);
+  py::class_<Context::Counters>(module, "Counters")
+      .def_readonly("allocations", &Context::Counters::allocations)
+      .def_readonly("frees", &Context::Counters::frees)
+      .def_readonly("growths", &Context::Counters::growths)
+      .def_readonly("refusals", &Context::Counters::refusals)
+      .def_readonly("pages_mapped", &Context::Counters::pages_mapped)
+      .def_readonly("pages_unmapped", &Context::Counters::pages_unmapped)
+      .def_readonly("allocated_bytes", &Context::Counters::allocated_bytes)
+      .def_readonly("evictions", &Context::Counters::evictions)
+      .def_readonly("restores", &Context::Counters::restores)
+      .def_readonly("bytes_out", &Context::Counters::bytes_out)
+      .def_readonly("bytes_in", &Context::Counters::bytes_in)
+      .def_readonly("pages_unchanged", &Context::Counters::pages_unchanged)
+      .def_readonly("move_nanoseconds", &Context::Counters::move_nanoseconds);
 
   py::class_<Usage>(module, "Usage")
       .def_readonly("name", &Usage::name)
@@ -35,25 +47,21 @@ void bind_records(py::module_& module) {
       .def_readonly("max", &Usage::max)
       .def_readonly("base", &Usage::base)
       .def_readonly("peak", &Usage::peak)
+      .def_readonly("evicted", &Usage::evicted)
       .def_readonly("available", &Usage::available)
       .def_readonly("live_blocks", &Usage::live_blocks)
-      .def_readonly("sessions", &Usage::sessions);
+      .def_readonly("sessions", &Usage::sessions)
+      .def_readonly("counters", &Usage::counters);
 
   py::class_<DeviceUsage>(module, "DeviceUsage")
       .def_readonly("capacity", &DeviceUsage::capacity)
       .def_readonly("resident", &DeviceUsage::resident)
       .def_readonly("pooled", &DeviceUsage::pooled)
       .def_readonly("available", &DeviceUsage::available)
+      .def_readonly("host_limit", &DeviceUsage::host_limit)
+      .def_readonly("host_existing", &DeviceUsage::host_existing)
+      .def_readonly("host_taken", &DeviceUsage::host_taken)
       .def_readonly("contexts", &DeviceUsage::contexts);
-
-  py::class_<Context::Counters>(module, "Counters")
-      .def_readonly("allocations", &Context::Counters::allocations)
-      .def_readonly("frees", &Context::Counters::frees)
-      .def_readonly("growths", &Context::Counters::growths)
-      .def_readonly("refusals", &Context::Counters::refusals)
-      .def_readonly("pages_mapped", &Context::Counters::pages_mapped)
-      .def_readonly("pages_unmapped", &Context::Counters::pages_unmapped)
-      .def_readonly("allocated_bytes", &Context::Counters::allocated_bytes);
 
   py::class_<Totals>(module, "Totals")
       .def_readonly("counters", &Totals::counters)
@@ -128,8 +136,14 @@ void bind_manager(py::module_& module) {
   bind_context(module);
 
   py::class_<Manager, std::shared_ptr<Manager>>(module, "Manager")
-      .def(py::init(&Manager::make), py::arg("device").none(false),
-           py::arg("thread_streams") = nullptr)
+      .def(py::init([](std::shared_ptr<Device> device, ThreadStreams* thread_streams,
+                       std::size_t host_backup, double claim_timeout) {
+             return Manager::make(std::move(device), thread_streams, host_backup,
+                                  std::chrono::nanoseconds(
+                                      static_cast<std::int64_t>(claim_timeout * 1e9)));
+           }),
+           py::arg("device").none(false), py::arg("thread_streams") = nullptr,
+           py::arg("host_backup") = 0, py::arg("claim_timeout") = 10.0)
       .def(
           "create_context",
           [](const py::object& self, std::string name, std::size_t max, std::size_t base,
@@ -150,6 +164,37 @@ void bind_manager(py::module_& module) {
       .def("destroy_context", &Manager::destroy_context, py::arg("context").none(false), Unlocked())
       .def("resize_context", &Manager::resize_context, py::arg("context"), py::arg("max"),
            py::arg("base"), Unlocked())
+      .def("evict_context", &Manager::evict_context, py::arg("context").none(false), Unlocked())
+      .def("restore_context", &Manager::restore_context, py::arg("context").none(false),
+           Unlocked())
+      .def("pin", &Manager::pin, py::arg("context").none(false), Unlocked())
+      .def("unpin", &Manager::unpin, py::arg("context").none(false), Unlocked())
+      .def("declare_consumer", &Manager::declare_consumer, py::arg("producer").none(false),
+           py::arg("consumer").none(false), Unlocked())
+      .def(
+          "set_pressure_handler",
+          [](Manager& self, py::object handler) {
+            if (handler.is_none()) {
+              const py::gil_scoped_release unlocked;
+              self.set_pressure_handler(nullptr);
+              return;
+            }
+            // Freed with the GIL, wherever the last one goes who has it.
+            const std::shared_ptr<py::object> kept(
+                new py::object(std::move(handler)), [](py::object* object) {
+                  const py::gil_scoped_acquire locked;
+                  delete object;
+                });
+            const auto ask = [kept](const std::shared_ptr<Context>& context, std::size_t requested,
+                                    std::size_t available) {
+              const py::gil_scoped_acquire locked;
+              return (*kept)(context, requested, available).cast<bool>();
+            };
+            const py::gil_scoped_release unlocked;
+            self.set_pressure_handler(ask);
+          },
+          py::arg("handler"))
+      .def("give_way", &Manager::give_way, py::arg("bytes"), Unlocked())
       .def("usage", &Manager::usage, py::arg("context"), Unlocked())
       .def("device_usage", &Manager::device_usage, Unlocked())
       .def("totals", &Manager::totals, Unlocked())

@@ -1,6 +1,8 @@
-"""Random programs on a whole device: contexts of all tiers, allocations, resizes, orphans, and
-device calls that fail at any time. After every step the books are right and every byte is."""
+"""Random programs on a whole device: contexts of all tiers, allocations, sessions, evictions by
+need and by hand, resizes, orphans, and device calls that fail at any time. After every step the
+books are right and every byte is."""
 
+import contextlib
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pygpukit_torch import AdmissionError, DeviceError, native
+from pygpukit_torch import AdmissionError, ContextBusyError, DeviceError, native
 from pygpukit_torch.native import Device, Tier
 
 MB = 1 << 20
@@ -40,6 +42,7 @@ class Model:
     max: int
     base: int
     blocks: list[Block] = field(default_factory=list)
+    sessions: list[native.Session] = field(default_factory=list)
 
     @property
     def used(self) -> int:
@@ -53,13 +56,18 @@ class ManagerMachine(RuleBasedStateMachine):
     is thereby tested too; only a fault that strikes in the very operation excuses a refusal.
     """
 
-    @initialize(scale=st.sampled_from([1, 16]))
-    def start(self, scale: int) -> None:
-        """At the larger scale budgets have pages of 2, 4 and 8 MiB, at the smaller of 2 only."""
+    @initialize(scale=st.sampled_from([1, 16]), backup=st.sampled_from([0, 1, 4, 16]))
+    def start(self, scale: int, backup: int) -> None:
+        """At the larger scale budgets have pages of 2, 4 and 8 MiB, at the smaller of 2 only.
+
+        The host memory for evicted pages is none, or a quarter of the capacity and more.
+        """
         self.scale = scale
         self.capacity = 32 * MB * scale
         self.device = native.HostDevice(self.capacity)
-        self.manager = native.Manager(self.device)
+        self.manager = native.Manager(
+            self.device, host_backup=backup * self.capacity // 4, claim_timeout=0.002
+        )
         self.live: list[Model] = []
         self.orphans: list[Model] = []
         self.serial = 0
@@ -102,12 +110,67 @@ class ManagerMachine(RuleBasedStateMachine):
         address, error, struck = self.attempt(lambda: model.context.allocate(size))
         if granular > available:
             assert error is not None, "more was handed out than was available"
-        elif not model.blocks:
+        elif not model.blocks and not self.waited_in_vain(model, error):
             assert struck or error is None, "an empty context did not get what was available"
         if error is None:
             block = Block(address, size, len(model.blocks) % 255 + 1)
             block.write()
             model.blocks.append(block)
+
+    def waited_in_vain(self, model: Model, error: Exception | None) -> bool:
+        """Whether a claim of the base failed because of contexts of lower tiers that are in use:
+        on the host device nobody can make them yield."""
+        if error is None or "did not yield" not in str(error):
+            return False
+        lower = [other for other in self.live if other.context.tier.value < model.context.tier.value]
+        return any(other.sessions for other in lower)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def enter(self, data: st.DataObject) -> None:
+        model = data.draw(st.sampled_from(self.live), label="context")
+        evicted = self.manager.usage(model.context).evicted
+        session = native.Session(model.context, ordered=False)
+        _, error, struck = self.attempt(session.enter)
+        if error is None:
+            assert model.sessions or self.manager.usage(model.context).evicted == 0
+            model.sessions.append(session)
+        else:
+            assert evicted, "a context that was here could not be entered"
+            assert struck or isinstance(error, torch.OutOfMemoryError)
+
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        used = [model for model in self.live if model.sessions]
+        if used:
+            model = data.draw(st.sampled_from(used), label="context")
+            model.sessions.pop(data.draw(st.integers(0, len(model.sessions) - 1))).exit()
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def evict(self, data: st.DataObject) -> None:
+        model = data.draw(st.sampled_from(self.live), label="context")
+        if model.sessions:
+            with contextlib.suppress(ContextBusyError):
+                self.manager.evict_context(model.context)
+                raise AssertionError("a context in use was evicted")
+            return
+        _, error, struck = self.attempt(lambda: self.manager.evict_context(model.context))
+        usage = self.manager.usage(model.context)
+        if error is None:
+            assert usage.evicted >= model.used
+        else:
+            assert struck or "host_backup" in str(error)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def restore(self, data: st.DataObject) -> None:
+        model = data.draw(st.sampled_from(self.live), label="context")
+        _, error, struck = self.attempt(lambda: self.manager.restore_context(model.context))
+        if error is None:
+            assert model.sessions or self.manager.usage(model.context).evicted == 0
+        else:
+            assert struck or isinstance(error, torch.OutOfMemoryError)
 
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
@@ -125,6 +188,8 @@ class ManagerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def destroy(self, data: st.DataObject) -> None:
         model = data.draw(st.sampled_from(self.live), label="context")
+        while model.sessions:
+            model.sessions.pop().exit()
         self.manager.destroy_context(model.context)
         self.live.remove(model)
         model.base = 0
@@ -170,7 +235,7 @@ class ManagerMachine(RuleBasedStateMachine):
         for model in self.live:
             usage = self.manager.usage(model.context)
             assert (usage.used, usage.max, usage.base) == (model.used, model.max, model.base)
-            assert usage.used <= usage.resident <= usage.max
+            assert usage.used <= usage.resident + usage.evicted <= usage.max
             assert usage.live_blocks == len(model.blocks)
         for model in self.live + self.orphans:
             for block in model.blocks:
@@ -182,6 +247,8 @@ class ManagerMachine(RuleBasedStateMachine):
             return
         self.device.inject_fault(0)
         for model in self.live + self.orphans:
+            for session in model.sessions:
+                session.exit()
             for block in model.blocks:
                 model.context.free(block.address)
         for model in self.live:
@@ -192,6 +259,7 @@ class ManagerMachine(RuleBasedStateMachine):
         self.manager.destroy_context(whole)
         self.manager.check_invariants()
         assert self.device.committed_bytes == 0
+        assert self.device.backup_bytes == 0
 
 
 TestManager = ManagerMachine.TestCase

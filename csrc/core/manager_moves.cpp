@@ -1,0 +1,269 @@
+// The manager's fourth part: pages that move between the device and host memory.
+#include "core/manager_moves.h"
+
+#include <algorithm>
+#include <optional>
+#include <utility>
+
+#include "core/error.h"
+#include "core/scope_exit.h"
+
+namespace pgk {
+namespace {
+
+using ContextLock = std::lock_guard<SpinLock>;
+
+}  // namespace
+
+// Stopping ---------------------------------------------------------------------------------------
+
+Manager::Stopped::~Stopped() {
+  if (contexts_.empty()) return;
+  const std::lock_guard lock(manager_.mutex_);
+  let_go();
+}
+
+bool Manager::Stopped::contains(const Context& context) const {
+  return std::any_of(contexts_.begin(), contexts_.end(),
+                     [&](const auto& known) { return known.get() == &context; });
+}
+
+bool Manager::Stopped::stop(Context& context, bool even_if_used) {
+  std::uint32_t sessions = context.sessions_.load(std::memory_order_acquire);
+  do {
+    const bool is_used = (sessions & Context::kCount) != 0;
+    if ((sessions & Context::kMoving) != 0 || (is_used && !even_if_used)) return false;
+  } while (!context.sessions_.compare_exchange_weak(sessions, sessions | Context::kMoving,
+                                                    std::memory_order_acq_rel));
+  const ContextLock lock(context.mutex_);
+  if (context.state_ == Context::State::open) context.state_ = Context::State::moving;
+  contexts_.push_back(context.shared_from_this());
+  ++manager_.stopped_contexts_;
+  manager_.stopped_victims_ += victims_ ? 1 : 0;
+  return true;
+}
+
+void Manager::Stopped::let_go() {
+  manager_.stopped_contexts_ -= contexts_.size();
+  manager_.stopped_victims_ -= victims_ ? contexts_.size() : 0;
+  bool orphans = false;
+  for (const auto& context : contexts_) {
+    const ContextLock lock(context->mutex_);
+    if (context->state_ == Context::State::moving) context->state_ = Context::State::open;
+    orphans |= context->state_ == Context::State::orphan;
+    if (context->evicted_pages_ > 0) context->sessions_.fetch_or(Context::kEvicted);
+    const std::uint32_t over =
+        Context::kMoving | (context->evicted_pages_ > 0 ? 0 : Context::kEvicted);
+    context->sessions_.fetch_and(~over, std::memory_order_acq_rel);
+  }
+  contexts_.clear();
+  if (orphans) manager_.collect_orphans();
+  manager_.moved_.notify_all();
+}
+
+void Manager::wait_until_still(Lock& lock, const Context& context) {
+  moved_.wait(lock, [&] { return !context.is_moving(); });
+}
+
+// Choosing ---------------------------------------------------------------------------------------
+
+// Adds the pages that a plan takes next. False if a context of the plan has been entered meanwhile.
+bool Manager::choose_outs(const std::vector<Eviction>& plan, Stopped& stopped, Round& round) {
+  for (const Eviction& eviction : plan) {
+    if (round.outs_left() == 0) break;
+    Context& context = *find(eviction.id);
+    if (eviction.active && !device_->properties().can_hold) {
+      round.in_use = &context;
+      break;
+    }
+    const bool is_new = !stopped.contains(context);
+    if (is_new && !stopped.stop(context, eviction.active)) return false;
+    const ContextLock lock(context.mutex_);
+    std::vector<StreamId> streams = context.streams_in_use();
+    if (eviction.active) {
+      round.held = std::move(streams);
+    } else if (is_new) {
+      round.passing.insert(round.passing.end(), streams.begin(), streams.end());
+    }
+    if (is_new) ++context.counters_.evictions;
+    add_outs(context, (eviction.bytes + context.page_bytes() - 1) / context.page_bytes(), round);
+    if (eviction.active) break;  // held as briefly as can be
+  }
+  return true;
+}
+
+// With the context's lock. Pages with a backup first: they may be unchanged.
+void Manager::add_outs(Context& context, std::size_t count, Round& round) {
+  const std::vector<Arena::PageRun> idle = context.arena_.idle_runs();
+  auto run = idle.begin();
+  std::vector<std::uint32_t> numbers;
+  for (const auto& [number, page] : context.pages_) {
+    while (run != idle.end() && run->first + run->count <= number) ++run;
+    const bool is_idle = run != idle.end() && run->first <= number;
+    if (!page.handle.on_host && !is_idle) numbers.push_back(number);
+  }
+  std::stable_partition(numbers.begin(), numbers.end(), [&](std::uint32_t number) {
+    return context.pages_.at(number).backup.has_value();
+  });
+  numbers.resize(std::min({numbers.size(), count, round.outs_left()}));
+  for (const std::uint32_t number : numbers) {
+    Context::Page& page = context.pages_.at(number);
+    Round::Page moving;
+    moving.context = &context;
+    moving.number = number;
+    moving.move.address = context.address_of(number);
+    moving.move.from = page.handle;
+    if (page.backup) {
+      // Nobody else may drop it meanwhile.
+      moving.move.to = *std::exchange(page.backup, std::nullopt);
+      moving.move.known = page.contents;
+      moving.had_backup = true;
+    }
+    round.pages.push_back(moving);
+    ++round.outs;
+  }
+}
+
+// Adds evicted pages as far as there is room for them. The context is stopped. Returns what the
+// device refused.
+std::optional<Error> Manager::choose_ins(Context& context, Round& round) {
+  const std::size_t bytes = context.page_bytes();
+  const ContextLock lock(context.mutex_);
+  const HandlePool::Keep others = promised_to_others(context);
+  const HandlePool::Keep not_lent = not_lent_to(context);
+  try {
+    for (const auto& [number, page] : context.pages_) {
+      if (round.ins_left() == 0 || ledger_.restorable(context.id()) < bytes) break;
+      if (!page.handle.on_host) continue;
+      Round::Page moving;
+      moving.context = &context;
+      moving.number = number;
+      moving.move.address = context.address_of(number);
+      moving.move.from = page.handle;
+      moving.move.to = pool_.take(bytes, others, not_lent);
+      ledger_.restore(context.id(), bytes);
+      round.pages.push_back(moving);
+    }
+  } catch (const Error& error) {
+    return error;
+  }
+  return std::nullopt;
+}
+
+// Carrying out -----------------------------------------------------------------------------------
+
+// Waits until the streams are past what they hold.
+void Manager::quiesce(const std::vector<StreamId>& streams) {
+  for (const StreamId stream : streams) {
+    if (device_->is_capturing(stream)) {
+      throw Error(ErrorCode::busy, "a stream that uses its memory is being captured");
+    }
+    if (!device_->is_idle(stream)) device_->synchronize_event(device_->record(stream));
+  }
+}
+
+// Has contexts forget what their pages held when they came back, the least recently used first.
+void Manager::drop_backups(std::size_t bytes) {
+  std::vector<Context*> contexts = all();
+  std::sort(contexts.begin(), contexts.end(), [](const Context* a, const Context* b) {
+    return a->last_use_.load() < b->last_use_.load();
+  });
+  std::size_t dropped = 0;
+  for (Context* context : contexts) {
+    const ContextLock lock(context->mutex_);
+    for (auto& [number, page] : context->pages_) {
+      if (dropped >= bytes) return;
+      if (!page.backup) continue;
+      host_pool_.give_back(*std::exchange(page.backup, std::nullopt));
+      dropped += page.handle.bytes;
+    }
+  }
+}
+
+void Manager::take_host_memory(Round& round) {
+  for (Round::Page& page : round.pages) {
+    Move& move = page.move;
+    if (move.from.on_host || page.had_backup) continue;
+    std::optional<Handle> handle = host_pool_.take(move.from.bytes);
+    if (!handle) {
+      {
+        const std::lock_guard lock(mutex_);
+        drop_backups(move.from.bytes);
+      }
+      handle = host_pool_.take(move.from.bytes);
+    }
+    if (!handle) throw Error(ErrorCode::out_of_memory, host_memory_is_full());
+    move.to = *handle;
+  }
+}
+
+std::string Manager::host_memory_is_full() const {
+  return "the host memory for evicted pages (host_backup) is full: " +
+         format_bytes(ledger_.evicted()) + " of " + format_bytes(ledger_.host_limit()) +
+         " are in use, and " + format_bytes(ledger_.lent()) + " are set aside for what is lent";
+}
+
+// Waits for what has to pass, moves what was chosen, and enters into the books how far it came.
+// Returns what kept it from coming to the end.
+std::optional<Error> Manager::carry_out(Round& round) {
+  const Clock::time_point start = Clock::now();
+  std::optional<Error> failure;
+  try {
+    quiesce(round.passing);
+    take_host_memory(round);
+    std::vector<Move> moves;
+    for (const Round::Page& page : round.pages) moves.push_back(page.move);
+    const ScopeExit tell([&] {
+      for (std::size_t i = 0; i < moves.size(); ++i) round.pages[i].move = moves[i];
+    });
+    device_->move(moves, round.held);
+  } catch (const Error& error) {
+    failure = error;
+  }
+  settle(round, static_cast<std::uint64_t>((Clock::now() - start).count()));
+  return failure;
+}
+
+void Manager::settle(Round& round, std::uint64_t nanoseconds) {
+  const std::lock_guard lock(mutex_);
+  for (const Round::Page& moved : round.pages) {
+    Context& context = *moved.context;
+    const Move& move = moved.move;
+    const std::size_t bytes = move.from.bytes;
+    const ContextLock context_lock(context.mutex_);
+    Context::Page& page = context.pages_.at(moved.number);
+    Context::Counters& counters = context.counters_;
+    counters.move_nanoseconds += nanoseconds / round.pages.size();
+    const bool out = !move.from.on_host;
+    if (move.done) {
+      page.handle = move.to;
+      page.backup.reset();
+      page.contents.reset();
+    }
+    if (out && move.done) {
+      ledger_.evict(context.id(), bytes);
+      pool_.give_back(move.from);
+      ++context.evicted_pages_;
+      (move.copied ? counters.bytes_out : counters.pages_unchanged) += move.copied ? bytes : 1;
+      if (!is_used(context)) context.consumers_.clear();
+    } else if (out && moved.had_backup) {
+      page.backup = move.to;
+    } else if (out) {
+      if (move.to.bytes != 0) host_pool_.give_back(move.to);
+    } else if (move.done) {
+      --context.evicted_pages_;
+      counters.bytes_in += bytes;
+      if (move.contents) {
+        page.backup = move.from;
+        page.contents = move.contents;
+      } else {
+        host_pool_.give_back(move.from);
+      }
+    } else {
+      ledger_.evict(context.id(), bytes);
+      pool_.give_back(move.to);
+    }
+  }
+}
+
+}  // namespace pgk

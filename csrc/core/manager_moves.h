@@ -1,0 +1,67 @@
+// The parts of moving pages that manager_moves.cpp and manager_room.cpp share.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "core/manager.h"
+
+namespace pgk {
+
+// Contexts that are held still while their pages move. Nobody enters them, allocates in them or
+// unmaps their pages meanwhile; freeing goes on. With the manager's lock, but for the destructor.
+class Manager::Stopped {
+ public:
+  // Victims may be let go of without having moved, so others who lack them wait for that. Nobody
+  // waits for anything while he has stopped some.
+  Stopped(Manager& manager, bool victims) : manager_(manager), victims_(victims) {}
+  ~Stopped();
+  Stopped(const Stopped&) = delete;
+  Stopped& operator=(const Stopped&) = delete;
+
+  // False if it is stopped already, or in use and `even_if_used` is not set.
+  bool stop(Context& context, bool even_if_used = false);
+  bool contains(const Context& context) const;
+  std::size_t count() const { return contexts_.size(); }
+  // Lets all go, and wakes who waits for them.
+  void let_go();
+
+ private:
+  Manager& manager_;
+  const bool victims_;
+  std::vector<std::shared_ptr<Context>> contexts_;
+};
+
+// What a claimant wants: that so many bytes are free for it. Nobody: on the device.
+struct Manager::Need {
+  Context* claimant = nullptr;
+  std::size_t room = 0;
+  bool of_base = false;
+  Clock::time_point deadline;  // for contexts in use that must yield
+
+  Tier tier() const { return claimant == nullptr ? Tier::best_effort : claimant->tier(); }
+};
+
+// Pages that move in one go.
+struct Manager::Round {
+  struct Page {
+    Context* context = nullptr;
+    std::uint32_t number = 0;
+    bool had_backup = false;  // the target of a move out was the page's own
+    Move move;
+  };
+  // Each way: enough to keep copies and mapping busy at the same time.
+  static constexpr std::size_t kMostPages = 8;
+
+  std::vector<Page> pages;
+  std::size_t outs = 0;
+  std::vector<StreamId> passing;  // streams whose work must be done first
+  std::vector<StreamId> held;     // streams of a context in use
+  Context* in_use = nullptr;      // it has to yield, and the device cannot make it
+
+  std::size_t outs_left() const { return kMostPages - outs; }
+  std::size_t ins_left() const { return kMostPages - (pages.size() - outs); }
+};
+
+}  // namespace pgk

@@ -1,0 +1,73 @@
+// The manager's second part: what is promised, and what is kept ready for it.
+#include <algorithm>
+
+#include "core/manager.h"
+
+namespace pgk {
+
+// Of the pages that `base` promises, those that the context does not hold: they are in the pool,
+// unless lent.
+std::size_t Manager::unfilled_pages(const Context& context, std::size_t base) const {
+  const std::size_t pages = base / context.page_bytes();
+  const std::size_t resident = context.device_pages();
+  return pages > resident ? pages - resident : 0;
+}
+
+// The handles that bases promise and the contexts do not hold.
+HandlePool::Keep Manager::promised() const {
+  HandlePool::Keep keep;
+  for (const Context* context : all()) {
+    const std::size_t base = ledger_.account(context->id()).base;
+    keep[context->page_bytes()] += unfilled_pages(*context, base);
+  }
+  return keep;
+}
+
+HandlePool::Keep Manager::promised_to_others(const Context& claimant) const {
+  HandlePool::Keep keep = promised();
+  keep[claimant.page_bytes()] -= unfilled_pages(claimant, ledger_.account(claimant.id()).base);
+  return keep;
+}
+
+// Of these, what contexts of the claimant's tier and below must keep from it.
+HandlePool::Keep Manager::not_lent_to(const Context& claimant) const {
+  HandlePool::Keep keep;
+  for (const Context* context : all()) {
+    if (context == &claimant || context->tier() > claimant.tier()) continue;
+    const std::size_t base = ledger_.account(context->id()).base;
+    keep[context->page_bytes()] += unfilled_pages(*context, base);
+  }
+  return keep;
+}
+
+void Manager::drop_reservation(Context& context) {
+  ledger_.resize(context.id(), ledger_.account(context.id()).max, 0);
+}
+
+// What memory outside of contexts takes of the capacity.
+void Manager::refresh_outside() {
+  try {
+    const std::size_t within = pool_.existing_bytes() + device_->free_bytes();
+    ledger_.set_outside(ledger_.capacity() - std::min(ledger_.capacity(), within));
+  } catch (const Error& error) {
+    device_said_ = error.what();
+  }
+}
+
+// As much host memory as the contexts could need if all used their budgets.
+void Manager::aim_host_pool() {
+  std::size_t budgets = 0;
+  for (const auto& context : contexts_) budgets += ledger_.account(context->id()).max;
+  const std::size_t capacity = ledger_.capacity();
+  HostPool::Counts counts;
+  if (budgets > capacity) {
+    for (const auto& context : contexts_) {
+      const Ledger::Account& account = ledger_.account(context->id());
+      const std::size_t beyond = std::min(account.max - account.base, budgets - capacity);
+      counts[context->page_bytes()] += beyond / context->page_bytes();
+    }
+  }
+  host_pool_.aim_for(std::move(counts));
+}
+
+}  // namespace pgk

@@ -1,0 +1,355 @@
+// The manager's fifth part: who gives way to whom, and when an evicted context comes back.
+#include <algorithm>
+#include <optional>
+#include <thread>
+#include <utility>
+
+#include "core/blocking.h"
+#include "core/error.h"
+#include "core/manager_moves.h"
+#include "core/scope_exit.h"
+
+namespace pgk {
+namespace {
+
+using ContextLock = std::lock_guard<SpinLock>;
+
+// How often who waits for a context in use looks again.
+constexpr std::chrono::microseconds kLookAgain{500};
+
+// Requests made by a handler are not asked about.
+thread_local bool in_pressure_handler = false;
+
+}  // namespace
+
+// Surveying --------------------------------------------------------------------------------------
+
+// What keeps the context where it is: its own sessions, or those of a declared consumer.
+bool Manager::is_used(const Context& context) const {
+  return context.sessions() > 0 ||
+         std::any_of(context.consumers_.begin(), context.consumers_.end(), [](const auto& known) {
+           const auto consumer = known.lock();
+           return consumer != nullptr && consumer->sessions() > 0;
+         });
+}
+
+// Of all but `except`, whose lock the caller may hold, and those that others have stopped.
+std::vector<Manager::Standing> Manager::standings(const Context* except,
+                                                  const Stopped* stopped) const {
+  std::vector<Standing> standings;
+  for (const Context* context : all()) {
+    const bool is_others = stopped == nullptr || !stopped->contains(*context);
+    if (context == except || (context->is_moving() && is_others)) continue;
+    const ContextLock lock(context->mutex_);
+    const std::size_t idle_pages = context->idle_device_pages();
+    standings.push_back(
+        {.holder = {.id = context->id(),
+                    .tier = context->tier(),
+                    .orphan = context->state_ == Context::State::orphan,
+                    .active = is_used(*context),
+                    .last_use = context->last_use_.load(std::memory_order_relaxed),
+                    .spare = (context->device_pages() - idle_pages) * context->page_bytes(),
+                    .page = context->page_bytes()},
+         .cached = idle_pages * context->page_bytes(),
+         .is_pinned = context->pins_ > 0});
+  }
+  return standings;
+}
+
+// What the others could give to a claimant; without one, what best effort could give to memory
+// outside of contexts.
+Manager::Survey Manager::survey(const Context* claimant,
+                                const std::vector<Standing>& standings) const {
+  Survey survey;
+  const Tier tier = claimant == nullptr ? Tier::best_effort : claimant->tier();
+  for (const Standing& standing : standings) {
+    Holder holder = standing.holder;
+    if (claimant != nullptr && holder.id == claimant->id()) continue;
+    const Ledger::Account& account = ledger_.account(holder.id);
+    const std::size_t spare = claimant == nullptr ? account.resident
+                                                  : ledger_.spare(holder.id, claimant->id());
+    const std::size_t cached = std::min(spare, standing.cached);
+    survey.cached += cached;
+    if (standing.is_pinned || (holder.tier > tier && !holder.orphan)) continue;
+    holder.spare = std::min(holder.spare, (spare - cached) / holder.page * holder.page);
+    survey.holders.push_back(holder);
+  }
+  return survey;
+}
+
+// Bytes that the claimant could be charged with, if the others gave way.
+std::size_t Manager::obtainable(const Context& claimant, bool of_base,
+                                const std::vector<Standing>& standings) const {
+  const Survey others = survey(&claimant, standings);
+  const std::size_t live = evictable_bytes({claimant.tier(), of_base, 0}, others.holders);
+  return ledger_.free_for(claimant.id()) + others.cached +
+         std::min(live, ledger_.evictable(of_base));
+}
+
+// Asking -----------------------------------------------------------------------------------------
+
+void Manager::set_pressure_handler(PressureHandler handler) {
+  const std::lock_guard lock(mutex_);
+  pressure_handler_ = handler ? std::make_shared<PressureHandler>(std::move(handler)) : nullptr;
+}
+
+bool Manager::ask(Context& context, std::size_t bytes, std::size_t available) {
+  std::shared_ptr<PressureHandler> handler;
+  {
+    const std::lock_guard lock(mutex_);
+    handler = pressure_handler_;
+  }
+  if (!handler || in_pressure_handler) return true;
+  in_pressure_handler = true;
+  const ScopeExit leave([] { in_pressure_handler = false; });
+  return (*handler)(context.shared_from_this(), bytes, available);
+}
+
+// Making room ------------------------------------------------------------------------------------
+
+std::size_t Manager::missing_of(const Need& need) {
+  std::size_t free = 0;
+  if (need.claimant != nullptr) {
+    refresh_outside();
+    free = ledger_.free_for(need.claimant->id());
+  } else {
+    pool_.trim(promised());
+    free = device_->free_bytes();
+  }
+  return need.room - std::min(need.room, free);
+}
+
+// The contexts that have to give way, with the reason if that cannot be.
+std::vector<Eviction> Manager::plan(const Need& need, std::size_t missing, const Stopped& stopped,
+                                    std::string& why) const {
+  const Survey others = survey(need.claimant, standings(need.claimant, &stopped));
+  std::vector<Eviction> plan = plan_eviction({need.tier(), need.of_base, missing}, others.holders);
+  if (!plan.empty() && missing > ledger_.evictable(need.of_base)) {
+    why = host_memory_is_full();
+    plan.clear();
+  }
+  return plan;
+}
+
+// After a round that came to nothing: whether it is worth another one, and if so, waits.
+bool Manager::may_try_again(const Need& need, const Round& round, const std::optional<Error>& failure,
+                            Stopped& victims, std::string& why) {
+  if (failure && failure->code() != ErrorCode::busy) {
+    why = failure->what();
+    return false;
+  }
+  if (Clock::now() >= need.deadline) {
+    const Context* in_use = round.in_use;
+    if (in_use == nullptr && !round.pages.empty()) in_use = round.pages.front().context;
+    const auto seconds =
+        std::chrono::duration_cast<std::chrono::milliseconds>(claim_timeout_).count();
+    why = "context '" + (in_use == nullptr ? std::string("?") : in_use->name()) +
+          "' is in use and did not yield within " + std::to_string(seconds) + " ms" +
+          (failure ? std::string(": ") + failure->what() : "");
+    return false;
+  }
+  {
+    const std::lock_guard lock(mutex_);
+    victims.let_go();
+  }
+  std::this_thread::sleep_for(kLookAgain);
+  return true;
+}
+
+// Evicts others until the need is met; false with the reason if it cannot be.
+bool Manager::make_room(const Need& need, std::string& why) {
+  Stopped victims(*this, /*victims=*/true);
+  for (;;) {
+    Round round;
+    bool is_chosen = false;
+    {
+      Lock lock(mutex_);
+      const std::size_t missing = missing_of(need);
+      if (missing == 0) return true;
+      const std::vector<Eviction> evictions = plan(need, missing, victims, why);
+      if (evictions.empty()) {
+        // Others have stopped some, and may leave what would do.
+        if (stopped_victims_ == victims.count()) return false;
+        victims.let_go();
+        moved_.wait(lock);
+        continue;
+      }
+      is_chosen = choose_outs(evictions, victims, round);
+    }
+    std::optional<Error> failure;
+    if (is_chosen) {
+      failure = carry_out(round);
+    } else {
+      settle(round, 0);
+    }
+    const bool is_progress = !failure && is_chosen && round.in_use == nullptr;
+    if (!is_progress && is_chosen && !may_try_again(need, round, failure, victims, why)) return false;
+  }
+}
+
+bool Manager::give_way(std::size_t bytes) {
+  const std::size_t given = trim();
+  const Blocking blocking;
+  std::string why;
+  return make_room({nullptr, bytes, false, Clock::now()}, why) || given > 0;
+}
+
+// Coming back ------------------------------------------------------------------------------------
+
+// Enters a context that moves or is evicted.
+void Manager::admit(Context& context, bool keeps_active) {
+  const Blocking blocking;
+  Stopped self(*this, /*victims=*/false);
+  {
+    Lock lock(mutex_);
+    for (;;) {
+      wait_until_still(lock, context);
+      require_open(context);
+      if (context.try_begin_session(keeps_active)) return;
+      if (context.evicted_pages_ > 0 && self.stop(context)) break;
+    }
+  }
+  bring_back(context);
+  const std::lock_guard lock(mutex_);
+  require_open(context);
+  if (keeps_active) context.sessions_.fetch_add(1, std::memory_order_acq_rel);
+  self.let_go();
+}
+
+// Of a context that the caller has stopped. Out and in go together, as far as there is room.
+void Manager::bring_back(Context& context) {
+  Stopped victims(*this, /*victims=*/true);
+  Need need{&context, 0, false, Clock::now() + claim_timeout_};
+  bool is_first = true;
+  for (;;) {
+    Round round;
+    std::string why;
+    std::optional<EventId> awaited;
+    std::optional<Error> failure;
+    bool is_chosen = true;
+    bool is_possible = true;
+    {
+      Lock lock(mutex_);
+      if (context.evicted_pages_ == 0) return;
+      const Ledger::Account& account = ledger_.account(context.id());
+      need.room = account.evicted;
+      need.of_base = account.held() <= account.base;
+      std::size_t missing = missing_of(need);
+      if (missing > 0 &&
+          obtainable(context, need.of_base, standings(&context, &victims)) >= need.room) {
+        reclaim([&] { return missing_of(need); },
+                [&](const Context& other) { return ledger_.spare(other.id(), context.id()); },
+                &context);
+        missing = missing_of(need);
+        if (missing > 0) awaited = first_retired();
+      }
+      std::vector<Eviction> evictions;
+      if (missing > 0 && !awaited) {
+        evictions = plan(need, missing, victims, why);
+        is_possible = !evictions.empty();
+        if (!is_possible && stopped_victims_ != victims.count()) {
+          victims.let_go();
+          moved_.wait(lock);
+          continue;
+        }
+      }
+      if (is_possible && !awaited) {
+        if (std::exchange(is_first, false)) {
+          const ContextLock context_lock(context.mutex_);
+          round.passing = context.streams_in_use();
+          ++context.counters_.restores;
+        }
+        is_chosen = choose_outs(evictions, victims, round);
+        if (is_chosen) failure = choose_ins(context, round);
+      }
+    }
+    if (!is_possible) refuse_restore(context, why);
+    if (awaited) {
+      device_->synchronize_event(*awaited);
+      const std::lock_guard lock(mutex_);
+      collect_all_retired();
+      continue;
+    }
+    if (is_chosen && !round.pages.empty()) {
+      failure = carry_out(round);
+    } else {
+      settle(round, 0);
+    }
+    const bool is_progress = !is_chosen || (!failure && !round.pages.empty());
+    if (!is_progress && !may_try_again(need, round, failure, victims, why)) {
+      refuse_restore(context, why, failure ? failure->code() : ErrorCode::out_of_memory);
+    }
+  }
+}
+
+// By hand ----------------------------------------------------------------------------------------
+
+void Manager::evict_context(Context& context) {
+  const Blocking blocking;
+  Stopped stopped(*this, /*victims=*/true);
+  const std::string refused = "context '" + context.name() + "' cannot be evicted: ";
+  for (;;) {
+    Round round;
+    {
+      Lock lock(mutex_);
+      if (stopped.count() == 0) {
+        wait_until_still(lock, context);
+        require_open(context);
+        if (is_used(context)) throw Error(ErrorCode::busy, refused + "it is in use");
+        if (context.pins_ > 0) throw Error(ErrorCode::busy, refused + "it is pinned");
+        {
+          const ContextLock context_lock(context.mutex_);
+          give_up_pages(context, SIZE_MAX);
+        }
+        if (!stopped.stop(context)) continue;  // entered in between
+        const ContextLock context_lock(context.mutex_);
+        ++context.counters_.evictions;
+        round.passing = context.streams_in_use();
+      }
+      const std::size_t places = ledger_.evictable(/*of_loans=*/false) / context.page_bytes();
+      const ContextLock context_lock(context.mutex_);
+      add_outs(context, std::min(places, Round::kMostPages), round);
+      if (round.pages.empty()) {
+        if (context.device_pages() <= context.idle_device_pages()) return;
+        throw Error(ErrorCode::out_of_memory, refused + host_memory_is_full());
+      }
+    }
+    if (const auto failure = carry_out(round)) {
+      throw Error(failure->code(), refused + failure->what());
+    }
+  }
+}
+
+void Manager::restore_context(Context& context) {
+  context.begin_session(/*keeps_active=*/false);
+}
+
+void Manager::pin(Context& context) {
+  context.begin_session(/*keeps_active=*/true);
+  {
+    const std::lock_guard lock(mutex_);
+    ++context.pins_;
+  }
+  context.end_session();
+}
+
+void Manager::unpin(Context& context) {
+  const std::lock_guard lock(mutex_);
+  if (context.pins_ == 0) {
+    throw Error(ErrorCode::invalid_value, "context '" + context.name() + "' is not pinned");
+  }
+  --context.pins_;
+}
+
+void Manager::declare_consumer(Context& producer, const std::shared_ptr<Context>& consumer) {
+  if (&producer == consumer.get()) return;
+  const std::lock_guard lock(mutex_);
+  auto& consumers = producer.consumers_;
+  std::erase_if(consumers, [&](const auto& known) {
+    const auto alive = known.lock();
+    return alive == nullptr || alive == consumer;
+  });
+  consumers.push_back(consumer);
+}
+
+}  // namespace pgk
