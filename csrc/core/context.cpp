@@ -89,18 +89,18 @@ void* Context::allocate_resident(std::size_t bytes, StreamId stream) {
   return start == Arena::kNone ? nullptr : finish_allocation(start, granules);
 }
 
-void* Context::try_allocate(std::size_t bytes, StreamId stream, bool may_wait,
-                            std::string* device_said) {
+void* Context::try_allocate(std::size_t bytes, StreamId stream, Effort effort,
+                            std::string* said) {
   if (void* pointer = allocate_resident(bytes, stream)) return pointer;
-  return manager()->allocate_slow(*this, bytes, stream, may_wait, device_said);
+  return manager()->allocate_slow(*this, bytes, stream, effort, said);
 }
 
 void* Context::allocate_or_refuse(std::size_t bytes, StreamId stream) {
-  std::string device_said;
-  if (void* pointer = manager()->allocate_slow(*this, bytes, stream, true, &device_said)) {
+  std::string said;
+  if (void* pointer = manager()->allocate_slow(*this, bytes, stream, Effort::evict, &said)) {
     return pointer;
   }
-  manager()->refuse(*this, bytes, device_said);
+  manager()->refuse(*this, bytes, said);
 }
 
 std::shared_ptr<Manager> Context::manager() const {

@@ -32,6 +32,9 @@ class ThreadStreams;
 // segment, for others to divide, and lies in the range's upper zone.
 inline constexpr StreamId kNoStream = 0;
 
+// How far a request goes: takes what is ready; waits for the device's work; has others evicted.
+enum class Effort : std::uint8_t { ready, wait, evict };
+
 struct ContextSpec {
   std::string name;
   std::size_t max = 0;
@@ -81,10 +84,10 @@ class Context : public std::enable_shared_from_this<Context> {
   }
   // As allocate(), but null where that takes more than memory which is free in the stream's order.
   void* allocate_resident(std::size_t bytes, StreamId stream);
-  // As allocate(), but null instead of ErrorCode::out_of_memory; then `device_said`, if given, is
-  // what the device refused on the way. With `may_wait` false it never waits for the device's work.
-  void* try_allocate(std::size_t bytes, StreamId stream, bool may_wait = true,
-                     std::string* device_said = nullptr);
+  // As allocate(), but null instead of ErrorCode::out_of_memory; then `said`, if given, is what
+  // stood in the way other than its own budget.
+  void* try_allocate(std::size_t bytes, StreamId stream, Effort effort = Effort::evict,
+                     std::string* said = nullptr);
   // Throws ErrorCode::invalid_value if no live block of this context starts at `pointer`.
   void free(void* pointer);
   // As free(), for a block that the present work of `streams` may still use.

@@ -125,8 +125,8 @@ class Manager : public std::enable_shared_from_this<Manager> {
   ThreadStreams* thread_streams() const { return thread_streams_; }
 
   // For Context only: what its hot path could not do. Null if it cannot be had.
-  void* allocate_slow(Context& context, std::size_t bytes, StreamId stream, bool may_wait,
-                      std::string* device_said);
+  void* allocate_slow(Context& context, std::size_t bytes, StreamId stream, Effort effort,
+                      std::string* said);
   void collect_orphan(std::uint64_t id);
   void admit(Context& context, bool keeps_active);
   // Counts a request that could not be had, and throws its ErrorCode::out_of_memory.

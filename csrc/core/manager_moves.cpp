@@ -1,4 +1,4 @@
-// The manager's fourth part: pages that move between the device and host memory.
+// The manager's fifth part: pages that move between the device and host memory.
 #include "core/manager_moves.h"
 
 #include <algorithm>

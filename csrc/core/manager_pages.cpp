@@ -1,6 +1,7 @@
-// The manager's third part: how pages come to arenas and leave them.
+// The manager's fourth part: how pages come to arenas and leave them.
 #include <algorithm>
 #include <functional>
+#include <utility>
 
 #include "core/blocking.h"
 #include "core/manager.h"
@@ -14,41 +15,40 @@ using ContextLock = std::lock_guard<SpinLock>;
 
 }  // namespace
 
-void* Manager::allocate_slow(Context& context, std::size_t bytes, StreamId stream, bool may_wait,
-                             std::string* device_said) {
-  const Blocking blocking(may_wait);
+void* Manager::allocate_slow(Context& context, std::size_t bytes, StreamId stream, Effort effort,
+                             std::string* said) {
+  const Blocking blocking(effort != Effort::ready);
   const std::size_t granules = bytes / kGranule + (bytes % kGranule != 0);
   Need need{&context, 0, false, Clock::now() + claim_timeout_};
   bool is_asked = false;
-  std::string said;
-  ScopeExit tell([&] {
-    if (device_said != nullptr) *device_said = said;
+  std::string why;
+  const ScopeExit tell([&] {
+    if (said != nullptr) *said = why;
   });
   for (;;) {
     std::optional<EventId> awaited;
     std::size_t available = 0;
-    need.room = 0;
     {
       Lock lock(mutex_);
-      if (may_wait) wait_until_still(lock, context);
+      if (effort != Effort::ready) wait_until_still(lock, context);
       device_said_.clear();
       const ContextLock context_lock(context.mutex_);
       require_live(context);
+      const Ledger::Account& account = ledger_.account(context.id());
       const std::size_t used = context.arena_.used_bytes();
-      const std::size_t budget = ledger_.account(context.id()).max;
-      if (context.is_moving() || granules >= Arena::kNone || used + granules * kGranule > budget) {
+      if (context.is_moving() || granules >= Arena::kNone ||
+          used + granules * kGranule > account.max) {
         return nullptr;
       }
       refresh_outside();
       const auto count = static_cast<std::uint32_t>(granules);
       const Arena::Lane lane = context.lane_for(stream);
       const std::uint32_t start = obtain(context, count, lane);
-      said = device_said_.empty() ? "" : "the device said: " + device_said_;
       if (start != Arena::kNone) return context.finish_allocation(start, granules);
-      if (!may_wait) return nullptr;
+      why = device_said_.empty() ? "" : "the device said: " + device_said_;
+      if (effort == Effort::ready) return nullptr;
       awaited = awaited_event(context, count, lane);
       if (!awaited) {
-        const Ledger::Account& account = ledger_.account(context.id());
         const auto plan = context.arena_.plan_growth(count, lane);
         need.room = plan ? plan->count * context.page_bytes() : 0;
         need.of_base = account.resident + need.room <= account.base;
@@ -63,16 +63,16 @@ void* Manager::allocate_slow(Context& context, std::size_t bytes, StreamId strea
       collect_all_retired();
       continue;
     }
-    if (available < need.room) return nullptr;
-    if (!need.of_base && !is_asked) {
-      is_asked = true;
+    if (why.empty()) why = "the device is full, and nobody can give way";
+    if (effort != Effort::evict) return nullptr;
+    if (!need.of_base && available >= need.room && !std::exchange(is_asked, true)) {
       if (!ask(context, bytes, available)) {
-        said = "a memory pressure handler refused to have others evicted";
+        why = "a memory pressure handler refused to have others evicted";
         return nullptr;
       }
       continue;  // it may have made room
     }
-    if (!make_room(need, said)) return nullptr;
+    if (!make_room(need, why)) return nullptr;
   }
 }
 

@@ -1,4 +1,4 @@
-// The manager's fifth part: who gives way to whom, and when an evicted context comes back.
+// The manager's sixth part: who gives way to whom, and when an evicted context comes back.
 #include <algorithm>
 #include <optional>
 #include <thread>

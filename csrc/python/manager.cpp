@@ -88,7 +88,8 @@ void bind_context(py::module_& module) {
           "try_allocate",
           [](Context& self, std::size_t bytes, std::optional<StreamId> stream, bool may_wait) {
             return reinterpret_cast<std::uintptr_t>(
-                self.try_allocate(bytes, stream.value_or(self.stream()), may_wait));
+                self.try_allocate(bytes, stream.value_or(self.stream()),
+                                  may_wait ? Effort::evict : Effort::ready));
           },
           py::arg("bytes"), py::arg("stream") = std::nullopt, py::arg("may_wait") = true,
           Unlocked())

@@ -279,24 +279,32 @@ class CudaAllocator final : public CudaForwarder {
     return pointer;
   }
 
-  // Does what native does before it gives up, as far as that can help a context.
+  // Does what native does before it gives up, as far as that can help a context; then others have
+  // to give way.
   [[gnu::noinline]] void* with_effort(Context& context, std::size_t bytes, StreamId stream) {
     std::string said;
-    const auto attempt = [&] { return context.try_allocate(bytes, stream, true, &said); };
-    if (void* pointer = attempt()) return pointer;
+    const auto attempt = [&](Effort effort) {
+      return context.try_allocate(bytes, stream, effort, &said);
+    };
+    if (void* pointer = attempt(Effort::wait)) return pointer;
     bool freed = false;
     for (const auto& name : c10::FreeCudaMemoryCallbacksRegistry()->Keys()) {
       freed |= c10::FreeCudaMemoryCallbacksRegistry()->Create(name)->Execute();
     }
     freed |= pools_.empty_released();
     if (freed) {
-      if (void* pointer = attempt()) return pointer;
+      if (void* pointer = attempt(Effort::wait)) return pointer;
     }
-    if (!said.empty() && !pools_.in_use()) {
-      native_->emptyCache({0, 0});  // the device is full, and native caches
-      if (void* pointer = attempt()) return pointer;
+    if (!said.empty() && !pools_.in_use() && native_caches(context)) {
+      native_->emptyCache({0, 0});
     }
+    if (void* pointer = attempt(Effort::evict)) return pointer;
     refuse(context, bytes, said);
+  }
+
+  bool native_caches(const Context& context) const {
+    const auto stats = native_->getDeviceStats(torch_device(context).index());
+    return stats.reserved_bytes[0].current > stats.allocated_bytes[0].current;
   }
 
   [[noreturn]] void refuse(Context& context, std::size_t bytes, const std::string& said) {
@@ -325,15 +333,15 @@ class CudaAllocator final : public CudaForwarder {
     } catch (const c10::OutOfMemoryError&) {
       provider = pools_.provider_of(handle_of(stream));
       const auto manager = this->manager();
-      if (!provider && (!manager || manager->trim() == 0)) throw;
+      if (!provider && (!manager || !manager->give_way(bytes))) throw;
     }
     if (!provider) return request();
     // The provider does not wait under native's lock. This does, and leaves what it got for it.
     const std::size_t segment = segment_bytes_for(bytes);
     try {
-      std::string device_said;
-      void* room = provider->try_allocate(segment, kNoStream, /*may_wait=*/true, &device_said);
-      if (room == nullptr) refuse(*provider, segment, device_said);
+      std::string said;
+      void* room = provider->try_allocate(segment, kNoStream, Effort::evict, &said);
+      if (room == nullptr) refuse(*provider, segment, said);
       provider->free(room);
     } catch (const Error& error) {
       TORCH_CHECK_WITH(OutOfMemoryError, false, error.what());

@@ -29,7 +29,7 @@ constexpr std::size_t kLargeSegment = 20 * MiB;
 void* take_segment(Context& context, std::size_t bytes) {
   void* pointer = nullptr;
   try {
-    pointer = context.try_allocate(bytes, kNoStream, /*may_wait=*/false);
+    pointer = context.try_allocate(bytes, kNoStream, Effort::ready);
   } catch (const Error&) {
     return nullptr;  // a context that is no longer open provides nothing
   }
