@@ -1,10 +1,12 @@
 """Execution contexts."""
 
+import weakref
+from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from pygpukit_torch import native
+from pygpukit_torch import event_loop, native
 from pygpukit_torch.errors import ContextDestroyedError
 from pygpukit_torch.memory import ContextUsage, check_bytes, format_bytes
 from pygpukit_torch.placement import copy_into_current
@@ -16,6 +18,29 @@ if TYPE_CHECKING:
     from pygpukit_torch.runtime import Runtime
 
 Placeable = TypeVar("Placeable", torch.nn.Module, torch.Tensor)
+
+
+class Pin:
+    """Keeps a context where it is; made by :meth:`ExecutionContext.pin`."""
+
+    def __init__(self, manager: native.Manager, context: native.Context) -> None:
+        manager.pin(context)
+        self._release = weakref.finalize(self, manager.unpin, context)
+
+    def release(self) -> None:
+        """Let the context move again. Once is enough."""
+        self._release()
+
+    def __enter__(self) -> "Pin":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
 
 
 class ExecutionContext:
@@ -92,8 +117,10 @@ class ExecutionContext:
 
         ``allocation.allocated`` and ``allocation.freed`` count blocks, ``active.current`` those
         that live; ``num_ooms`` counts refused requests, ``num_growths`` requests that needed
-        pages, ``num_pages_mapped`` and ``num_pages_unmapped`` pages of ``page_bytes``; the
-        ``*_bytes`` are in bytes.
+        pages, ``num_pages_mapped`` and ``num_pages_unmapped`` pages of ``page_bytes``,
+        ``num_evictions`` and ``num_restores`` how often pages went out and came back,
+        ``num_pages_unchanged`` those that went without a copy; ``evicted_bytes.copied_out`` and
+        ``evicted_bytes.copied_in`` what was copied; the ``*_bytes`` are in bytes.
 
         Raises:
             ContextDestroyedError: it has been destroyed.
@@ -111,6 +138,12 @@ class ExecutionContext:
             "num_growths": counters.growths,
             "num_pages_mapped": counters.pages_mapped,
             "num_pages_unmapped": counters.pages_unmapped,
+            "num_evictions": counters.evictions,
+            "num_restores": counters.restores,
+            "num_pages_unchanged": counters.pages_unchanged,
+            "evicted_bytes.current": usage.evicted,
+            "evicted_bytes.copied_out": counters.bytes_out,
+            "evicted_bytes.copied_in": counters.bytes_in,
             "page_bytes": self._native.page_bytes,
         }
 
@@ -145,6 +178,66 @@ class ExecutionContext:
                 base = min(self._base_vram, max_vram)
             self._runtime.manager.resize_context(self._native, max_vram, base)
             self._max_vram, self._base_vram = max_vram, base
+
+    def evict(self) -> None:
+        """Move all of the context's memory to host memory; its addresses stay valid.
+
+        Reading it there is slower, on CUDA by an order of magnitude, but possible. The next session
+        brings it back. A reservation stays reserved.
+
+        Raises:
+            ContextBusyError: it has open sessions, or those of a declared consumer, or is pinned.
+            torch.OutOfMemoryError: ``host_backup`` does not suffice; what was moved stays there.
+            DeviceError: the device failed; each page is where it was or where it should be.
+            ContextDestroyedError: it has been destroyed.
+        """
+        self._require_alive()
+        self._runtime.manager.evict_context(self._native)
+
+    def restore(self) -> None:
+        """Bring all of it back to the device, at the cost of others as a request would.
+
+        Entering a session does that by itself. Does nothing while the context is active.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room; it can be tried again.
+            DeviceError: the device failed; it can be tried again.
+            ContextDestroyedError: it has been destroyed.
+        """
+        self._require_alive()
+        self._runtime.manager.restore_context(self._native)
+
+    async def evict_async(self) -> None:
+        """As :meth:`evict`, while other tasks go on."""
+        self._require_alive()
+        await event_loop.finish(native.Job.evict(self._native))
+
+    async def restore_async(self) -> None:
+        """As :meth:`restore`, while other tasks go on."""
+        self._require_alive()
+        await event_loop.finish(native.Job.restore(self._native))
+
+    def prefetch(self) -> None:
+        """Start :meth:`restore` in the background and return. If it fails, entering tells why.
+
+        Raises:
+            ContextDestroyedError: it has been destroyed.
+        """
+        self._require_alive()
+        native.Job.restore(self._native)
+
+    def pin(self) -> "Pin":
+        """Bring the context back and keep it where it is, until the pin is released.
+
+        For memory that others than the context's sessions use without saying so: registered with a
+        network library, shared with another process, or used on streams of their own. Also a
+        context manager.
+
+        Raises:
+            torch.OutOfMemoryError, DeviceError, ContextDestroyedError: as :meth:`restore`.
+        """
+        self._require_alive()
+        return Pin(self._runtime.manager, self._native)
 
     def place(self, target: Placeable) -> Placeable:
         """Copy what ``target`` holds into the context, and charge it there.

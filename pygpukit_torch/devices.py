@@ -52,14 +52,20 @@ def _completed(settings: Settings, device: native.Device) -> Settings:
     return replace(settings, total_vram=total, host_backup=backup)
 
 
+def _managed(
+    device: native.Device, streams: native.ThreadStreams, settings: Settings
+) -> native.Manager:
+    return native.Manager(device, streams, settings.host_backup or 0, settings.claim_timeout)
+
+
 class _Host(Backend):
     """Host memory and CPU tensors."""
 
     def __init__(self, settings: Settings) -> None:
         assert settings.total_vram is not None
         self.device = native.HostDevice(settings.total_vram)
-        self.manager = native.Manager(self.device, native.host_streams())
         self.settings = _completed(settings, self.device)
+        self.manager = _managed(self.device, native.host_streams(), self.settings)
 
     def install(self) -> None:
         native.install_cpu_allocator()
@@ -81,8 +87,8 @@ class _Cuda(Backend):
             except ValueError as error:
                 raise InitializationError(str(error)) from None
         self.device = native.CudaDevice(settings.device_id, settings.total_vram or 0)
-        self.manager = native.Manager(self.device, native.cuda_streams(self.device))
         self.settings = _completed(settings, self.device)
+        self.manager = _managed(self.device, native.cuda_streams(self.device), self.settings)
 
     def install(self) -> None:
         if not self.settings.install:

@@ -197,6 +197,12 @@ def _inheriting(
     return create
 
 
+async def finish(job: native.Job) -> None:
+    """Suspend the task until the job is done. Raises what it failed with."""
+    await wait(job.is_done, job.notify)
+    job.result()
+
+
 async def wait(is_done: Callable[[], bool], notify: Callable[[native.Alarm], None] | None) -> None:
     """Suspend the task until ``is_done()``, for which ``notify`` is to ring an alarm.
 

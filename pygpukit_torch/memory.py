@@ -42,7 +42,7 @@ class ContextUsage:
         base: the reserved part of the budget.
         peak: the highest ``used`` since creation or :meth:`ExecutionContext.reset_peak`.
         evicted: bytes whose contents are in host memory.
-        available: what the context could allocate in addition now.
+        available: what the context could allocate in addition now, by evicting others if need be.
     """
 
     used: int
@@ -55,13 +55,13 @@ class ContextUsage:
 
     @classmethod
     def of(cls, usage: native.Usage) -> "ContextUsage":
-        """Convert the native record. Nothing is ever evicted yet."""
+        """Convert the native record."""
         return cls(
             used=usage.used,
             reserved=usage.resident,
             max=usage.max,
             base=usage.base,
             peak=usage.peak,
-            evicted=0,
+            evicted=usage.evicted,
             available=usage.available,
         )

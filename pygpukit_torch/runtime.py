@@ -14,6 +14,7 @@ from pygpukit_torch.errors import (
     ForkError,
     InitializationError,
 )
+from pygpukit_torch.pressure import PressureHandlers
 from pygpukit_torch.qos import QoSPolicy
 from pygpukit_torch.settings import Settings, Wishes
 
@@ -23,6 +24,7 @@ class Runtime:
 
     Attributes:
         lock: held while the set of contexts or a budget changes; never while memory is allocated.
+        pressure_handlers: who is asked before others are evicted.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -32,6 +34,7 @@ class Runtime:
         self.manager = self.backend.manager
         self.lock = threading.RLock()
         self._contexts: dict[str, ExecutionContext] = {}
+        self.pressure_handlers = PressureHandlers(self.manager, self.find)
         self._process = os.getpid()
         self._closed = False
 
@@ -102,7 +105,11 @@ class Runtime:
     def current(self) -> ExecutionContext | None:
         """Return the context of the calling thread's innermost session."""
         handle = native.current_context()
-        context = None if handle is None else self._contexts.get(handle.name)
+        return None if handle is None else self.find(handle)
+
+    def find(self, handle: native.Context) -> ExecutionContext | None:
+        """Return the context of a native one, if it lives."""
+        context = self._contexts.get(handle.name)
         return context if context is not None and context._native is handle else None
 
 
@@ -160,6 +167,7 @@ def shutdown() -> None:
         if runtime is None:
             return
         runtime.close()
+        runtime.manager.set_pressure_handler(None)
         threads.stop_handing_contexts_on()
         runtime.backend.uninstall()
         _runtime = None

@@ -8,10 +8,16 @@ from pygpukit_torch import runtime as _runtime
 from pygpukit_torch.context import ExecutionContext
 from pygpukit_torch.errors import ContextNotFoundError
 from pygpukit_torch.memory import GB, KB, MB, ContextUsage, check_bytes
+from pygpukit_torch.pressure import Handler, PressureHandler
 from pygpukit_torch.qos import QoSPolicy
 from pygpukit_torch.session import ContextSession
 from pygpukit_torch.settings import Wishes, check_device_id
-from pygpukit_torch.streams import ContextEvent, ContextStream, CudaContextStream
+from pygpukit_torch.streams import (
+    ContextEvent,
+    ContextStream,
+    CudaContextEvent,
+    CudaContextStream,
+)
 
 __all__ = [
     "GB",
@@ -22,8 +28,10 @@ __all__ = [
     "ContextStats",
     "ContextStream",
     "ContextUsage",
+    "CudaContextEvent",
     "CudaContextStream",
     "ExecutionContext",
+    "PressureHandler",
     "QoSPolicy",
     "SchedulerStats",
     "context_session",
@@ -36,6 +44,7 @@ __all__ = [
     "get_stream",
     "initialize",
     "list_contexts",
+    "on_memory_pressure",
     "record_event",
     "shutdown",
     "stats",
@@ -49,6 +58,7 @@ def initialize(
     device: str | None = None,
     total_vram: int | None = None,
     host_backup: int | None = None,
+    claim_timeout: float | None = None,
     install: bool | None = None,
 ) -> None:
     """Make the device and install the allocator.
@@ -58,7 +68,8 @@ def initialize(
 
     Calling it again is fine as long as no argument asks for something else than there is. What is
     not given comes from the environment (``PYGPUKIT_DEVICE_ID``, ``PYGPUKIT_DEVICE``,
-    ``PYGPUKIT_TOTAL_VRAM``, ``PYGPUKIT_HOST_BACKUP``), else from the defaults.
+    ``PYGPUKIT_TOTAL_VRAM``, ``PYGPUKIT_HOST_BACKUP``, ``PYGPUKIT_CLAIM_TIMEOUT``), else from the
+    defaults.
 
     Args:
         device_id: which device of the kind, 0 by default.
@@ -67,8 +78,10 @@ def initialize(
         total_vram: bytes that all contexts together may hold. By default all of the VRAM, or 8 GiB
             on the host device, committed as it is used.
         host_backup: bytes of host memory for evicted contexts; by default the smaller of
-            ``total_vram`` and half of the free host memory. Nothing is evicted yet, so this is
-            only recorded.
+            ``total_vram`` and half of the free host memory. With 0 nothing is evicted, and no
+            reservation is lent.
+        claim_timeout: seconds that a claim of a reservation waits for contexts in use to yield,
+            10 by default.
         install: False leaves torch's CUDA allocator alone. Sessions then only serve MemPools made
             with ``torch.cuda.memory.CUDAPluggableAllocator(pygpukit_torch.native.__file__,
             "pgk_malloc", "pgk_free")``, in whole segments: for processes whose allocator cannot
@@ -80,7 +93,7 @@ def initialize(
         TypeError, ValueError: an argument or an environment variable is no valid value.
         ForkError: this is a forked child of a process that has initialized.
     """
-    _runtime.initialize(Wishes(device, device_id, total_vram, host_backup, install))
+    _runtime.initialize(Wishes(device, device_id, total_vram, host_backup, claim_timeout, install))
 
 
 def shutdown() -> None:
@@ -182,7 +195,8 @@ def context_session(context: ExecutionContext, *, wait: bool = True) -> ContextS
     its memory; memory freed anywhere, at any time, is credited to the context it came from. On CUDA
     the context's stream is current; its work starts after what the thread had submitted before, and
     leaving waits until the context's stream is done, so that results can be read right away.
-    Sessions nest, and a session object may be entered again, also by other threads.
+    Entering brings back what of the context was evicted. Sessions nest, and a session object may
+    be entered again, also by other threads.
 
     Args:
         context: the context.
@@ -192,10 +206,13 @@ def context_session(context: ExecutionContext, *, wait: bool = True) -> ContextS
     Raises:
         TypeError: ``context`` is no context, or ``wait`` no bool.
         ContextDestroyedError: on entering, if it has been destroyed.
+        torch.OutOfMemoryError: on entering, if it is evicted and there is no room for it; nothing
+            is lost, and it can be entered later.
         SessionError: on leaving in another thread than the one that entered; on entering in the
             middle of a CUDA graph capture; on leaving a ``with`` that was held across an ``await``;
             on ``async with`` where no event loop of asyncio runs, or one that cannot be followed.
-        DeviceError: on leaving, if the work on the device failed.
+        DeviceError: on leaving, if the work on the device failed; on entering, if pages could not
+            be brought back.
     """
     if not isinstance(wait, bool):
         raise TypeError(f"wait must be a bool, got {type(wait).__name__} {wait!r}")
@@ -227,20 +244,52 @@ def get_stream(context: ExecutionContext) -> ContextStream | CudaContextStream:
     return _checked(context).stream
 
 
-def record_event(context: ExecutionContext) -> ContextEvent | torch.cuda.Event:
+def on_memory_pressure(handler: Handler) -> PressureHandler:
+    """Have ``handler(context, requested, available) -> bool`` asked before others are evicted.
+
+    It is asked when a request of a context can only be served by evicting live memory of others,
+    and is beyond the context's base: claims of a base, and memory that comes back on entering, are
+    not asked about. ``requested`` and ``available`` are in bytes; the latter is what the context
+    could obtain, eviction included. All handlers must return True, else the request raises
+    ``torch.OutOfMemoryError``; an exception in one is logged and counts as a refusal. A handler may
+    free memory; what it allocates itself is not asked about. Initializes if needed; ``shutdown``
+    forgets all handlers.
+
+    Returns:
+        The handler, with ``remove()``. So the function may be decorated.
+
+    Raises:
+        TypeError: ``handler`` cannot be called.
+    """
+    if not callable(handler):
+        raise TypeError(f"a handler must be callable, got {type(handler).__name__} {handler!r}")
+    return _runtime.get_or_initialize().pressure_handlers.add(handler)
+
+
+def record_event(context: ExecutionContext) -> ContextEvent | CudaContextEvent:
     """Mark the present end of the context's stream; on CUDA by a ``torch.cuda.Event``.
 
     Raises:
         ContextDestroyedError: it has been destroyed.
     """
     _checked(context)._require_alive()
-    return context.stream.record_event()
+    stream = context.stream
+    event: ContextEvent | CudaContextEvent
+    if isinstance(stream, ContextStream):
+        event = stream.record_event()
+    else:
+        event = CudaContextEvent()  # type: ignore[no-untyped-call]
+        event.record(stream)
+    event.producer = context
+    return event
 
 
 def wait_event(context: ExecutionContext, event: ContextEvent | torch.cuda.Event) -> None:
     """Let the context's work from now on start after ``event``.
 
-    On the host device the calling thread waits.
+    On the host device the calling thread waits. If the event is another context's, that one's
+    memory is not moved from now until the sessions of this one have ended and its stream has
+    passed, unless a reservation is claimed.
 
     Raises:
         TypeError: ``event`` does not come from :func:`record_event`.
@@ -248,6 +297,9 @@ def wait_event(context: ExecutionContext, event: ContextEvent | torch.cuda.Event
     """
     _checked(context)._require_alive()
     stream = context.stream
+    producer = getattr(event, "producer", None)
+    if producer is not None and producer.state != "destroyed":
+        context._runtime.manager.declare_consumer(producer._native, context._native)
     if isinstance(stream, ContextStream):
         stream.wait_event(event)  # type: ignore[arg-type]  # says itself what it does not take
     elif isinstance(event, torch.cuda.Event):
@@ -258,13 +310,27 @@ def wait_event(context: ExecutionContext, event: ContextEvent | torch.cuda.Event
 
 @dataclass(frozen=True, slots=True)
 class ContextStats:
-    """One context in :func:`stats`. ``state`` is ``"destroyed"`` while live tensors remain."""
+    """One context in :func:`stats`. Since its creation where it counts. Sizes in bytes.
+
+    Attributes:
+        state: ``"destroyed"`` while live tensors remain.
+        evictions: how often pages of it were moved to host memory, and ``restores`` back.
+        bytes_out: what was copied to host memory, and ``bytes_in`` back.
+        pages_unchanged: pages that were moved out without a copy.
+        seconds_moving: time spent on all of that.
+    """
 
     name: str
     qos: QoSPolicy
     state: str
     usage: ContextUsage
     live_blocks: int
+    evictions: int
+    restores: int
+    bytes_out: int
+    bytes_in: int
+    pages_unchanged: int
+    seconds_moving: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +343,9 @@ class SchedulerStats:
         reserved: what they hold.
         pooled: physical memory kept ready, for reservations and for reuse.
         available: see :func:`get_available_vram`.
+        host_backup: the limit of host memory for evicted pages.
+        host_reserved: host memory made for them.
+        host_used: what of it holds contents, of evicted pages and of pages that have come back.
         contexts: those that live, and those destroyed whose memory is still in use.
     """
 
@@ -287,6 +356,8 @@ class SchedulerStats:
     pooled: int
     available: int
     host_backup: int
+    host_reserved: int
+    host_used: int
     contexts: tuple[ContextStats, ...]
 
 
@@ -303,7 +374,9 @@ def stats() -> SchedulerStats:
         reserved=usage.resident,
         pooled=usage.pooled,
         available=usage.available,
-        host_backup=runtime.settings.host_backup or 0,
+        host_backup=usage.host_limit,
+        host_reserved=usage.host_existing,
+        host_used=usage.host_taken,
         contexts=tuple(
             ContextStats(
                 name=context.name,
@@ -311,6 +384,12 @@ def stats() -> SchedulerStats:
                 state="destroyed" if context.orphan else states[context.name],
                 usage=ContextUsage.of(context),
                 live_blocks=context.live_blocks,
+                evictions=context.counters.evictions,
+                restores=context.counters.restores,
+                bytes_out=context.counters.bytes_out,
+                bytes_in=context.counters.bytes_in,
+                pages_unchanged=context.counters.pages_unchanged,
+                seconds_moving=context.counters.move_nanoseconds / 1e9,
             )
             for context in usage.contexts
         ),

@@ -181,6 +181,11 @@ class ContextSession(native.BoundSession):
         return self._exit_for(_lasting(sys._getframe(1)), kind)
 
     async def _enter_for(self, frame: int) -> "ContextSession":
+        handle = self.context._native
+        if not handle.is_ready:
+            # It moves or is evicted. The job keeps it active until the entry does.
+            job = native.Job.begin_session(handle)
+            await event_loop.finish(job)
         entry = self._begin_in_task(frame)
         try:
             if entry.step:

@@ -16,18 +16,25 @@ from pygpukit_torch.memory import GB, check_bytes, format_bytes
 HOST_CAPACITY = 8 * GB
 """Capacity of the host device unless told; committed only as it is used."""
 
+CLAIM_TIMEOUT = 10.0
+"""How long a claim of a base waits for contexts in use, in seconds, unless told."""
+
 _log = logging.getLogger("pygpukit_torch")
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A complete set of settings. Sizes in bytes; ``total_vram`` None is all that there is."""
+    """A complete set of settings. Sizes in bytes; ``total_vram`` None is all that there is.
+
+    ``claim_timeout`` is in seconds.
+    """
 
     device: str
     device_id: int
     total_vram: int | None
     host_backup: int | None
+    claim_timeout: float
     install: bool
 
 
@@ -39,6 +46,7 @@ class Wishes:
     device_id: int | None = None
     total_vram: int | None = None
     host_backup: int | None = None
+    claim_timeout: float | None = None
     install: bool | None = None
 
     def check(self) -> None:
@@ -51,6 +59,8 @@ class Wishes:
             check_bytes("total_vram", self.total_vram)
         if self.host_backup is not None:
             check_bytes("host_backup", self.host_backup, least=0)
+        if self.claim_timeout is not None:
+            _check_seconds("claim_timeout", self.claim_timeout)
         if self.install is not None and not isinstance(self.install, bool):
             raise TypeError(f"install must be a bool, got {type(self.install).__name__}")
 
@@ -64,15 +74,15 @@ class Wishes:
             try:
                 return parse(text)
             except ValueError:
-                raise ValueError(
-                    f"PYGPUKIT_{name.upper()} must be a whole number, got {text!r}"
-                ) from None
+                kind = "a number" if parse is float else "a whole number"
+                raise ValueError(f"PYGPUKIT_{name.upper()} must be {kind}, got {text!r}") from None
 
         return Wishes(
             device=pick(self.device, "device", str),
             device_id=pick(self.device_id, "device_id", int),
             total_vram=pick(self.total_vram, "total_vram", int),
             host_backup=pick(self.host_backup, "host_backup", int),
+            claim_timeout=pick(self.claim_timeout, "claim_timeout", float),
             install=self.install,
         )
 
@@ -114,7 +124,15 @@ class Wishes:
         install = wishes.install is not False
         if not install and device == "cpu":
             raise ValueError("install=False is for CUDA: nothing else serves CPU tensors")
-        return Settings(device, index, total, wishes.host_backup, install)
+        timeout = CLAIM_TIMEOUT if wishes.claim_timeout is None else float(wishes.claim_timeout)
+        return Settings(device, index, total, wishes.host_backup, timeout, install)
+
+
+def _check_seconds(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number of seconds, got {type(value).__name__} {value!r}")
+    if not 0 <= value <= 1e6:
+        raise ValueError(f"{name} must be from 0 to a million seconds, got {value}")
 
 
 def check_device_id(name: str, value: object) -> None:

@@ -8,10 +8,14 @@ that would go on to read the data.
 
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
 from pygpukit_torch import native
+
+if TYPE_CHECKING:
+    from pygpukit_torch.context import ExecutionContext
 
 
 class CudaContextStream(torch.cuda.ExternalStream):
@@ -37,11 +41,26 @@ class CudaContextStream(torch.cuda.ExternalStream):
         return self.cuda_stream
 
 
+class CudaContextEvent(torch.cuda.Event):
+    """A point in a context's stream. Made by :func:`pygpukit_torch.record_event`.
+
+    Attributes:
+        producer: the context.
+    """
+
+    producer: "ExecutionContext | None" = None
+
+
 class ContextEvent(torch.cpu.Event):
     """A point in a context's stream. Made by :func:`pygpukit_torch.record_event`.
 
     It stays valid when the context is destroyed.
+
+    Attributes:
+        producer: the context, if it was made by ``record_event(context)``.
     """
+
+    producer: "ExecutionContext | None" = None
 
     def __init__(self, device: native.Device, event: int, check_process: Callable[[], object]):
         self._device = device

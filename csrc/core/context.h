@@ -132,6 +132,11 @@ class Context : public std::enable_shared_from_this<Context> {
   std::size_t resident_bytes() const;
   bool is_open() const { return (sessions_.load(std::memory_order_acquire) & kClosed) == 0; }
   bool is_destroyed() const;
+  // Whether begin_session() would not have to wait for pages.
+  bool is_ready() const {
+    const std::uint32_t sessions = sessions_.load(std::memory_order_acquire);
+    return (sessions & kMoving) == 0 && (sessions & (kEvicted | kCount)) != kEvicted;
+  }
   std::uint32_t sessions() const { return sessions_.load(std::memory_order_acquire) & kCount; }
   Counters counters() const;
   void reset_peak();

@@ -127,6 +127,7 @@ void bind_context(py::module_& module) {
       .def_property_readonly("used_bytes", &Context::used_bytes)
       .def_property_readonly("is_destroyed", &Context::is_destroyed)
       .def_property_readonly("sessions", &Context::sessions)
+      .def_property_readonly("is_ready", &Context::is_ready)
       .def_property_readonly("counters", &Context::counters);
 }
 

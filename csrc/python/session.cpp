@@ -4,7 +4,9 @@
 #include <utility>
 
 #include "core/blocking.h"
+#include "core/manager.h"
 #include "python/bindings.h"
+#include "python/job.h"
 
 namespace py = pybind11;
 
@@ -77,6 +79,35 @@ void bind_session(py::module_& module) {
 
   py::class_<Hold>(module, "Hold")
       .def(py::init<std::shared_ptr<Context>>(), py::arg("context").none(false));
+
+  py::class_<Job>(module, "Job")
+      .def_static(
+          "begin_session",
+          [](std::shared_ptr<Context> context) {
+            return Job([context = std::move(context)] { return std::make_shared<Hold>(context); });
+          },
+          py::arg("context").none(false))
+      .def_static(
+          "evict",
+          [](std::shared_ptr<Context> context) {
+            return Job([context = std::move(context)] {
+              context->manager()->evict_context(*context);
+              return nullptr;
+            });
+          },
+          py::arg("context").none(false))
+      .def_static(
+          "restore",
+          [](std::shared_ptr<Context> context) {
+            return Job([context = std::move(context)] {
+              context->manager()->restore_context(*context);
+              return nullptr;
+            });
+          },
+          py::arg("context").none(false))
+      .def("is_done", &Job::is_done)
+      .def("notify", &Job::notify, py::arg("alarm").none(false))
+      .def("result", &Job::result);
 
   module.def("current_context", []() -> std::shared_ptr<Context> {
     Context* context = current_context();

@@ -122,7 +122,9 @@ class ManagerMachine(RuleBasedStateMachine):
         on the host device nobody can make them yield."""
         if error is None or "did not yield" not in str(error):
             return False
-        lower = [other for other in self.live if other.context.tier.value < model.context.tier.value]
+        lower = [
+            other for other in self.live if other.context.tier.value < model.context.tier.value
+        ]
         return any(other.sessions for other in lower)
 
     @precondition(lambda self: self.live)
