@@ -95,15 +95,26 @@ void Ledger::resize(Id id, std::size_t max, std::size_t base) {
   replace(account, changed);
 }
 
-std::size_t Ledger::free_for(Id id) const {
+std::size_t Ledger::taken_from(Id id) const {
   const Account& account = this->account(id);
-  std::size_t taken = account.resident;
+  std::size_t taken = outside_ + account.resident;
   for (const auto& [other, held] : accounts_) {
     if (other != id) taken += guarded(held, account.tier);
   }
-  const std::size_t own_reserve = account.committed() - account.resident;
-  const std::size_t loans = evictable(false);
-  return std::min(less(less(capacity_, outside_), taken), own_reserve + uncommitted() + loans);
+  return taken;
+}
+
+std::size_t Ledger::allowance(Id id) const {
+  const Account& account = this->account(id);
+  return account.committed() - account.resident + uncommitted() + evictable(false);
+}
+
+std::size_t Ledger::free_for(Id id) const {
+  return std::min(less(capacity_, taken_from(id)), allowance(id));
+}
+
+std::size_t Ledger::shortage(Id id, std::size_t bytes) const {
+  return std::max(less(bytes + taken_from(id), capacity_), less(bytes, allowance(id)));
 }
 
 std::size_t Ledger::uncommitted() const {

@@ -59,8 +59,13 @@ class Ledger {
   std::size_t room(Id id) const;
   // Bytes that restore() would accept now.
   std::size_t restorable(Id id) const;
-  // Bytes of the device that the account could still hold, whatever its own budget.
+  // Bytes of the device that the account could still hold, whatever its own budget; and how many
+  // others must give up before it could hold `bytes` more. The latter is above what is missing
+  // where others hold what is the account's.
   std::size_t free_for(Id id) const;
+  std::size_t shortage(Id id, std::size_t bytes) const;
+  // The most that free_for(id) can become while others are evicted.
+  std::size_t allowance(Id id) const;
   // By how much free_for(id) would grow if `holder` gave up all that its base does not keep from it.
   std::size_t spare(Id holder, Id id) const;
   // Bytes that are neither reserved nor held.
@@ -81,6 +86,7 @@ class Ledger {
  private:
   Account& find(Id id);
   void replace(Account& account, const Account& changed);
+  std::size_t taken_from(Id id) const;
 
   std::size_t capacity_;
   std::size_t host_limit_;

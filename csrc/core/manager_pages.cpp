@@ -109,7 +109,7 @@ bool Manager::grow(Context& context, std::uint32_t granules, Arena::Lane lane) {
       const bool of_base = account.resident + bytes <= account.base;
       // Others keep what would not suffice.
       if (obtainable(context, of_base, standings(&context)) >= bytes) {
-        reclaim([&] { return short_of_room() * page; },
+        reclaim([&] { return ledger_.shortage(context.id(), plan->count * page); },
                 [&](const Context& other) { return ledger_.spare(other.id(), context.id()); },
                 &context);
       }

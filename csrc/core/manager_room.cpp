@@ -81,9 +81,13 @@ Manager::Survey Manager::survey(const Context* claimant,
 std::size_t Manager::obtainable(const Context& claimant, bool of_base,
                                 const std::vector<Standing>& standings) const {
   const Survey others = survey(&claimant, standings);
-  const std::size_t live = evictable_bytes({claimant.tier(), of_base, 0}, others.holders);
-  return ledger_.free_for(claimant.id()) + others.cached +
-         std::min(live, ledger_.evictable(of_base));
+  const std::size_t live = std::min(ledger_.evictable(of_base),
+                                    evictable_bytes({claimant.tier(), of_base, 0}, others.holders));
+  const std::size_t free = ledger_.free_for(claimant.id()) + others.cached + live;
+  // What others hold of the claimant's own comes first.
+  const std::size_t overdrawn = ledger_.shortage(claimant.id(), 0);
+  return std::min(free - std::min(free, overdrawn),
+                  ledger_.allowance(claimant.id()) + others.cached);
 }
 
 // Asking -----------------------------------------------------------------------------------------
@@ -108,15 +112,12 @@ bool Manager::ask(Context& context, std::size_t bytes, std::size_t available) {
 // Making room ------------------------------------------------------------------------------------
 
 std::size_t Manager::missing_of(const Need& need) {
-  std::size_t free = 0;
   if (need.claimant != nullptr) {
     refresh_outside();
-    free = ledger_.free_for(need.claimant->id());
-  } else {
-    pool_.trim(promised());
-    free = device_->free_bytes();
+    return ledger_.shortage(need.claimant->id(), need.room);
   }
-  return need.room - std::min(need.room, free);
+  pool_.trim(promised());
+  return need.room - std::min(need.room, device_->free_bytes());
 }
 
 // The contexts that have to give way, with the reason if that cannot be.
@@ -124,7 +125,9 @@ std::vector<Eviction> Manager::plan(const Need& need, std::size_t missing, const
                                     std::string& why) const {
   const Survey others = survey(need.claimant, standings(need.claimant, &stopped));
   std::vector<Eviction> plan = plan_eviction({need.tier(), need.of_base, missing}, others.holders);
-  if (!plan.empty() && missing > ledger_.evictable(need.of_base)) {
+  const bool is_allowed =
+      need.claimant == nullptr || need.room <= ledger_.allowance(need.claimant->id());
+  if (!plan.empty() && (!is_allowed || missing > ledger_.evictable(need.of_base))) {
     why = host_memory_is_full();
     plan.clear();
   }

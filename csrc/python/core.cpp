@@ -32,6 +32,7 @@ void bind_ledger(py::module_& module) {
       .def("room", &Ledger::room, py::arg("account"))
       .def("restorable", &Ledger::restorable, py::arg("account"))
       .def("free_for", &Ledger::free_for, py::arg("account"))
+      .def("shortage", &Ledger::shortage, py::arg("account"), py::arg("bytes"))
       .def("spare", &Ledger::spare, py::arg("holder"), py::arg("account"))
       .def("evictable", &Ledger::evictable, py::arg("of_loans"))
       .def("check_invariants", &Ledger::check_invariants)

@@ -1,6 +1,5 @@
 #include "torch/cuda_allocator.h"
 
-#include <c10/core/impl/GPUTrace.h>
 #include <c10/cuda/CUDAFunctions.h>
 
 #include <array>
@@ -10,6 +9,7 @@
 #include "core/address_table.h"
 #include "torch/cuda_forwarder.h"
 #include "torch/cuda_pools.h"
+#include "torch/cuda_report.h"
 #include "torch/cuda_statistics.h"
 #include "torch/cuda_streams.h"
 
@@ -17,32 +17,6 @@ namespace pgk {
 namespace {
 
 using Native = caching::CUDAAllocator;
-
-CudaDevice& cuda_device(const Context& context) {
-  return static_cast<CudaDevice&>(context.device());
-}
-
-c10::Device torch_device(const Context& context) {
-  const auto index = static_cast<c10::DeviceIndex>(cuda_device(context).ordinal());
-  return {c10::DeviceType::CUDA, index};
-}
-
-// What native does for its own blocks, for profilers and for torch's CUDA sanitizer.
-void report(const Context& context, void* pointer, bool allocated) {
-  if (const auto* trace = c10::impl::GPUTrace::get_trace()) [[unlikely]] {
-    const auto address = reinterpret_cast<std::uintptr_t>(pointer);
-    if (allocated) {
-      (*trace)->trace_gpu_memory_allocation(c10::kCUDA, address);
-    } else {
-      (*trace)->trace_gpu_memory_deallocation(c10::kCUDA, address);
-    }
-  }
-  if (c10::memoryProfilingEnabled()) [[unlikely]] {
-    const auto bytes = static_cast<std::int64_t>(context.block_bytes(pointer));
-    c10::reportMemoryUsageToProfiler(pointer, allocated ? bytes : -bytes, context.used_bytes(),
-                                     context.resident_bytes(), torch_device(context));
-  }
-}
 
 Native* native_allocator = nullptr;
 

@@ -118,3 +118,111 @@ def test_nobody_can_take_what_is_reserved() -> None:
         pytest.fail("a reservation was lent out")
     ledger.charge(reserved, 60)
     ledger.check_invariants()
+
+
+TIERS = list(native.Tier.__members__.values())
+HOST = 60
+
+
+class LendingMachine(RuleBasedStateMachine):
+    """Tiers, loans and evictions: whatever happened, every base can be claimed."""
+
+    accounts = Bundle("accounts")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ledger = native.Ledger(CAPACITY, HOST)
+        self.tier: dict[int, int] = {}
+        self.model: dict[int, list[int]] = {}  # max, base, resident, evicted
+
+    @rule(target=accounts, maximum=SIZES, share=st.integers(0, 4), tier=st.sampled_from(TIERS))
+    def open(self, maximum: int, share: int, tier: native.Tier) -> int:
+        base = maximum * share // 4
+        try:
+            account = self.ledger.open(maximum, base, tier)
+        except AdmissionError:
+            assert sum(max(b, r) for _, b, r, _ in self.model.values()) + base > CAPACITY
+            return 0
+        self.model[account] = [maximum, base, 0, 0]
+        self.tier[account] = tier.value
+        return account
+
+    def attempt(self, account: int, amount: int, call: str, resident: int, evicted: int) -> None:
+        if account not in self.model:
+            return
+        try:
+            getattr(self.ledger, call)(account, amount)
+        except (torch.OutOfMemoryError, ValueError):
+            return
+        self.model[account][2] += resident * amount
+        self.model[account][3] += evicted * amount
+
+    @rule(account=accounts, amount=SIZES)
+    def charge(self, account: int, amount: int) -> None:
+        self.attempt(account, amount, "charge", 1, 0)
+
+    @rule(account=accounts, amount=SIZES)
+    def refund(self, account: int, amount: int) -> None:
+        self.attempt(account, amount, "refund", -1, 0)
+
+    @rule(account=accounts, amount=SIZES)
+    def evict(self, account: int, amount: int) -> None:
+        # As the manager does: what is lent must still find its place, unless it is that.
+        if account in self.model and amount <= self.ledger.evictable(of_loans=False):
+            self.attempt(account, amount, "evict", -1, 1)
+
+    @rule(account=accounts, amount=SIZES)
+    def restore(self, account: int, amount: int) -> None:
+        self.attempt(account, amount, "restore", 1, -1)
+
+    @rule(account=accounts)
+    def claim(self, account: int) -> None:
+        """The whole base, with lower tiers evicted: that must always do."""
+        if account not in self.model:
+            return
+        _, base, resident, evicted = self.model[account]
+        missing = base - resident - evicted
+        lower = [other for other in self.model if self.tier[other] < self.tier[account]]
+        for other in sorted(lower, key=lambda other: self.tier[other]):
+            short = self.ledger.shortage(account, missing) if missing > 0 else 0
+            spare = min(self.ledger.spare(other, account), short)
+            if spare:
+                assert spare <= self.ledger.evictable(of_loans=True)
+                self.ledger.evict(other, spare)
+                self.model[other][2] -= spare
+                self.model[other][3] += spare
+        if missing > 0:
+            self.ledger.charge(account, missing)
+            self.model[account][2] += missing
+
+    @invariant()
+    def books_are_right(self) -> None:
+        self.ledger.check_invariants()
+        residents = [resident for _, _, resident, _ in self.model.values()]
+        assert sum(residents) == self.ledger.resident <= CAPACITY
+        assert sum(evicted for *_, evicted in self.model.values()) == self.ledger.evicted <= HOST
+        for maximum, _, resident, evicted in self.model.values():
+            assert resident + evicted <= maximum
+
+
+TestLending = LendingMachine.TestCase
+TestLending.settings = settings(max_examples=500, stateful_step_count=30)
+
+
+def test_unused_bases_are_lent_to_lower_tiers_only() -> None:
+    tiers = native.Tier
+    ledger = native.Ledger(100, 100)
+    ledger.open(60, 60, tiers.guaranteed)
+    middle = ledger.open(100, 20, tiers.burstable)
+    low = ledger.open(100, 0, tiers.best_effort)
+    assert ledger.room(low) == 100
+    assert ledger.room(middle) == 100
+    other = ledger.open(100, 0, tiers.burstable)
+    assert ledger.room(other) == 80, "a base of the same tier was lent"
+
+
+def test_nothing_is_lent_that_could_not_be_evicted() -> None:
+    ledger = native.Ledger(100, 10)
+    ledger.open(60, 60, native.Tier.guaranteed)
+    low = ledger.open(100, 0, native.Tier.best_effort)
+    assert ledger.room(low) == 50
