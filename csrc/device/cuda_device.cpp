@@ -11,35 +11,20 @@
 
 namespace pgk {
 
-// The primary context, and relaxed capture mode, for the calling thread.
-class CudaDevice::Scope {
+class CudaDevice::Scope : public CudaScope {
  public:
-  explicit Scope(const CudaDevice& device) : driver_(device.driver_) {
-    driver_.check(driver_.cuCtxPushCurrent_fn(device.context_), "cuCtxPushCurrent");
-    driver_.cuThreadExchangeStreamCaptureMode_fn(&mode_);
-  }
-  Scope(const Scope&) = delete;
-  Scope& operator=(const Scope&) = delete;
-  ~Scope() {
-    CUcontext popped = nullptr;
-    driver_.cuThreadExchangeStreamCaptureMode_fn(&mode_);
-    driver_.cuCtxPopCurrent_fn(&popped);
-  }
-
- private:
-  const CudaDriver& driver_;
-  CUstreamCaptureMode mode_ = CU_STREAM_CAPTURE_MODE_RELAXED;
+  explicit Scope(const CudaDevice& device) : CudaScope(device.driver_, device.context_) {}
 };
 
-CudaDevice::CudaDevice(int ordinal, std::size_t capacity) : driver_(CudaDriver::get()) {
+CudaDevice::CudaDevice(int ordinal, std::size_t capacity)
+    : driver_(CudaDriver::get()), mappings_(driver_) {
   driver_.check(driver_.cuDeviceGet_fn(&ordinal_, ordinal), "cuDeviceGet");
   properties_.name = "cuda:" + std::to_string(ordinal);
 
   memory_.type = CU_MEM_ALLOCATION_TYPE_PINNED;
   memory_.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
   memory_.location.id = ordinal_;
-  access_.location = memory_.location;
-  access_.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+  mappings_.serve(ordinal_);
   driver_.check(driver_.cuMemGetAllocationGranularity_fn(&properties_.granularity, &memory_,
                                                          CU_MEM_ALLOC_GRANULARITY_MINIMUM),
                 "cuMemGetAllocationGranularity");
@@ -61,11 +46,39 @@ CudaDevice::CudaDevice(int ordinal, std::size_t capacity) : driver_(CudaDriver::
   driver_.check(driver_.cuCtxGetStreamPriorityRange_fn(&properties_.least_priority,
                                                        &properties_.greatest_priority),
                 "cuCtxGetStreamPriorityRange");
+  prepare_moves();
 }
 
 // Streams and events stay: torch may hold raw handles of theirs.
 CudaDevice::~CudaDevice() {
+  try {
+    const Scope scope(*this);
+    mover_.reset();
+  } catch (const Error&) {
+    // The driver has been shut down, and what the mover has is gone.
+  }
   driver_.cuDevicePrimaryCtxRelease_fn(ordinal_);
+}
+
+void CudaDevice::prepare_moves() {
+  int has_memory_operations = 0;
+  driver_.check(
+      driver_.cuDeviceGetAttribute_fn(&has_memory_operations,
+                                      CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS, ordinal_),
+      "cuDeviceGetAttribute");
+  if (has_memory_operations == 0) return;
+  host_memory_.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+  for (const auto location : {CU_MEM_LOCATION_TYPE_HOST, CU_MEM_LOCATION_TYPE_HOST_NUMA}) {
+    host_memory_.location.type = location;
+    try {
+      do_release(do_create_host(properties_.granularity));
+      mover_ = std::make_unique<CudaMover>(driver_, context_, ordinal_, mappings_);
+      properties_.can_move = properties_.can_hold = true;
+      return;
+    } catch (const Error&) {
+      // The next kind is older; without any, properties() says what does not work.
+    }
+  }
 }
 
 // Memory ---------------------------------------------------------------------------------------
@@ -81,12 +94,29 @@ Handle CudaDevice::do_create(std::size_t bytes) {
   CUmemGenericAllocationHandle handle{};
   driver_.check(driver_.cuMemCreate_fn(&handle, bytes, &memory_, 0), "create", bytes);
   created_bytes_ += bytes;
-  return {handle, bytes};
+  return {handle, bytes, false};
+}
+
+Handle CudaDevice::do_create_host(std::size_t bytes) {
+  const Scope scope(*this);
+  CUmemGenericAllocationHandle memory{};
+  driver_.check(driver_.cuMemCreate_fn(&memory, bytes, &host_memory_, 0), "create_host", bytes);
+  const Handle handle{memory, bytes, true};
+  try {
+    // Here, ahead of its first use: mapping host memory takes time.
+    mappings_.alias_of(handle);
+  } catch (const Error&) {
+    driver_.cuMemRelease_fn(memory);
+    throw;
+  }
+  return handle;
 }
 
 void CudaDevice::do_release(Handle handle) {
   const Scope scope(*this);
+  mappings_.drop_alias(handle);
   driver_.check(driver_.cuMemRelease_fn(handle.id), "release", handle.bytes);
+  if (handle.on_host) return;
   const std::lock_guard lock(mutex_);
   created_bytes_ -= handle.bytes;
 }
@@ -120,15 +150,28 @@ void CudaDevice::do_unreserve(Address address, std::size_t bytes) {
 
 void CudaDevice::do_map(Address address, Handle handle) {
   const Scope scope(*this);
-  driver_.check(driver_.cuMemMap_fn(address, handle.bytes, 0, handle.id, 0), "map", handle.bytes);
-  const CUresult result = driver_.cuMemSetAccess_fn(address, handle.bytes, &access_, 1);
-  if (result != CUDA_SUCCESS) driver_.cuMemUnmap_fn(address, handle.bytes);
-  driver_.check(result, "map (set access)", handle.bytes);
+  driver_.check(mappings_.map(address, handle), "map", handle.bytes);
 }
 
 void CudaDevice::do_unmap(Address address, Handle handle) {
   const Scope scope(*this);
-  driver_.check(driver_.cuMemUnmap_fn(address, handle.bytes), "unmap", handle.bytes);
+  driver_.check(mappings_.unmap(address, handle), "unmap", handle.bytes);
+}
+
+void CudaDevice::do_move(std::span<Move> moves, std::span<const StreamId> held) {
+  if (mover_ == nullptr) {
+    throw Error(ErrorCode::device,
+                properties_.name + ": move failed: the driver cannot map host memory");
+  }
+  std::vector<CUstream> streams;
+  for (const StreamId stream : held) {
+    if (stream != kDefaultStream) streams.push_back(find(stream));
+  }
+  // One that is stopped already would never come to its second stop.
+  std::sort(streams.begin(), streams.end());
+  streams.erase(std::unique(streams.begin(), streams.end()), streams.end());
+  const Scope scope(*this);
+  mover_->move(moves, streams, [this](std::size_t bytes) { begin(Call::move, bytes); });
 }
 
 // Streams and events ---------------------------------------------------------------------------
@@ -293,7 +336,7 @@ bool CudaDevice::is_done(EventId event) {
   return true;
 }
 
-void CudaDevice::synchronize() {
+void CudaDevice::do_synchronize() {
   const Scope scope(*this);
   driver_.check(driver_.cuCtxSynchronize_fn(), "synchronize");
 }

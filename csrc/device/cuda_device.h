@@ -6,6 +6,8 @@
 // default stream and are never destroyed, since libraries keep raw handles of them: one that is
 // given back serves the next context. Events are reused once they are done. Every call runs in
 // relaxed capture mode, so that another thread's capture is not broken.
+//
+// Host memory that the device can map takes a recent driver; without it nothing can be moved.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +17,8 @@
 #include <vector>
 
 #include "device/cuda_driver.h"
+#include "device/cuda_mappings.h"
+#include "device/cuda_mover.h"
 #include "device/device.h"
 
 namespace pgk {
@@ -40,8 +44,6 @@ class CudaDevice final : public Device, public std::enable_shared_from_this<Cuda
   void privatise_in_child(Address /*address*/, Handle /*handle*/) noexcept override {}
 
   int ordinal() const { return ordinal_; }
-  // Blocks until all work on all streams is done. Throws ErrorCode::device during a capture.
-  void synchronize();
   // Whether it is the calling thread's current device. Cheaper than to ask which one is.
   bool is_current() const {
     CUcontext current = nullptr;
@@ -55,12 +57,16 @@ class CudaDevice final : public Device, public std::enable_shared_from_this<Cuda
  private:
   class Scope;
 
+  void prepare_moves();
+
   Handle do_create(std::size_t bytes) override;
+  Handle do_create_host(std::size_t bytes) override;
   void do_release(Handle handle) override;
   Address do_reserve(std::size_t bytes, std::size_t alignment) override;
   void do_unreserve(Address address, std::size_t bytes) override;
   void do_map(Address address, Handle handle) override;
   void do_unmap(Address address, Handle handle) override;
+  void do_move(std::span<Move> moves, std::span<const StreamId> held) override;
   StreamId do_create_stream(int priority) override;
   void do_destroy_stream(StreamId stream) override;
   void do_copy(Address destination, Address source, std::size_t bytes, StreamId stream) override;
@@ -68,6 +74,7 @@ class CudaDevice final : public Device, public std::enable_shared_from_this<Cuda
   void do_wait(StreamId stream, EventId event) override;
   void do_synchronize_stream(StreamId stream) override;
   void do_synchronize_event(EventId event) override;
+  void do_synchronize() override;
   void do_notify(EventId event, Alarm alarm) override;
 
   static CUstream handle_of(StreamId stream);
@@ -85,7 +92,9 @@ class CudaDevice final : public Device, public std::enable_shared_from_this<Cuda
   CUdevice ordinal_ = 0;
   CUcontext context_ = nullptr;
   CUmemAllocationProp memory_{};
-  CUmemAccessDesc access_{};
+  CUmemAllocationProp host_memory_{};
+  CudaMappings mappings_;
+  std::unique_ptr<CudaMover> mover_;  // null where moves are not possible
 
   mutable std::mutex mutex_;
   std::size_t created_bytes_ = 0;

@@ -12,6 +12,7 @@
   X(cuGetErrorName)                    \
   X(cuDeviceGet)                       \
   X(cuDeviceGetName)                   \
+  X(cuDeviceGetAttribute)              \
   X(cuDeviceTotalMem)                  \
   X(cuDevicePrimaryCtxRetain)          \
   X(cuDevicePrimaryCtxRelease)         \
@@ -30,17 +31,35 @@
   X(cuMemSetAccess)                    \
   X(cuMemUnmap)                        \
   X(cuMemGetInfo)                      \
+  X(cuMemHostAlloc)                    \
+  X(cuMemFreeHost)                     \
   X(cuMemcpyAsync)                     \
   X(cuMemcpyPeerAsync)                 \
   X(cuStreamCreateWithPriority)        \
+  X(cuStreamDestroy)                   \
   X(cuStreamIsCapturing)               \
   X(cuStreamQuery)                     \
   X(cuStreamSynchronize)               \
   X(cuStreamWaitEvent)                 \
+  X(cuStreamBatchMemOp)                \
   X(cuEventCreate)                     \
+  X(cuEventDestroy)                    \
   X(cuEventRecord)                     \
   X(cuEventQuery)                      \
-  X(cuEventSynchronize)
+  X(cuEventSynchronize)                \
+  X(cuModuleLoadData)                  \
+  X(cuModuleUnload)                    \
+  X(cuModuleGetFunction)               \
+  X(cuLaunchKernel)                    \
+  X(cuGraphCreate)                     \
+  X(cuGraphDestroy)                    \
+  X(cuGraphAddMemcpyNode)              \
+  X(cuGraphAddKernelNode)              \
+  X(cuGraphAddBatchMemOpNode)          \
+  X(cuGraphInstantiateWithFlags)       \
+  X(cuGraphExecDestroy)                \
+  X(cuGraphUpload)                     \
+  X(cuGraphLaunch)
 
 namespace pgk {
 
@@ -54,6 +73,26 @@ struct CudaDriver {
 #define PGK_DECLARE(name) decltype(&::name) name##_fn = nullptr;
   PGK_CUDA_FUNCTIONS(PGK_DECLARE)
 #undef PGK_DECLARE
+};
+
+// A device's context, and relaxed capture mode, for the calling thread.
+class CudaScope {
+ public:
+  CudaScope(const CudaDriver& driver, CUcontext context) : driver_(driver) {
+    driver_.check(driver_.cuCtxPushCurrent_fn(context), "cuCtxPushCurrent");
+    driver_.cuThreadExchangeStreamCaptureMode_fn(&mode_);
+  }
+  CudaScope(const CudaScope&) = delete;
+  CudaScope& operator=(const CudaScope&) = delete;
+  ~CudaScope() {
+    CUcontext popped = nullptr;
+    driver_.cuThreadExchangeStreamCaptureMode_fn(&mode_);
+    driver_.cuCtxPopCurrent_fn(&popped);
+  }
+
+ private:
+  const CudaDriver& driver_;
+  CUstreamCaptureMode mode_ = CU_STREAM_CAPTURE_MODE_RELAXED;
 };
 
 }  // namespace pgk

@@ -1,0 +1,49 @@
+// Tells whether a page still holds what it held, at the speed of the device's memory, so that what
+// did not change need not be copied again.
+//
+// The hash is NH of UMAC (Black, Halevi, Krawczyk, Krovetz, Rogaway, CRYPTO '99) with words of 64
+// bits: the sum over all pairs of words of (x + a)(y + b) modulo 2^128, with keys a and b of each
+// pair's own. For truly random keys any two different contents of a page have the same sum with a
+// probability of 2^-64 at most, whatever they are. The keys here come from two random numbers,
+// drawn once in a process, and the pair's position, through the output function of splitmix64
+// (Steele, Lea, Flood, OOPSLA '14): random for all that memory contains by chance, but no defence
+// against somebody who learns the numbers. Fingerprints mean nothing in another process.
+//
+// All calls need the device's context to be current.
+#pragma once
+
+#include <span>
+#include <string>
+
+#include "device/cuda_driver.h"
+#include "device/device.h"
+
+namespace pgk {
+
+class CudaFingerprint {
+ public:
+  // Compiles the kernel with the NVRTC that torch ships, which takes some tenths of a second, and
+  // runs it once, so that it is loaded. `stream` is idle; `scratch` is a fingerprint that the
+  // device can write.
+  CudaFingerprint(const CudaDriver& driver, CUdevice ordinal, CUstream stream, CUdeviceptr scratch);
+  ~CudaFingerprint();
+  CudaFingerprint(const CudaFingerprint&) = delete;
+  CudaFingerprint& operator=(const CudaFingerprint&) = delete;
+
+  // Where there is no NVRTC, or none that knows the device, nothing can be computed.
+  bool is_available() const { return kernel_ != nullptr; }
+
+  // A node that writes the fingerprint of the memory to `result`. Nodes must not run at once.
+  CUgraphNode add_to(CUgraph graph, std::span<const CUgraphNode> after, Address address,
+                     std::size_t bytes, CUdeviceptr result) const;
+
+ private:
+  bool load(const std::string& code);
+
+  const CudaDriver& driver_;
+  unsigned blocks_ = 0;
+  CUmodule module_ = nullptr;
+  CUfunction kernel_ = nullptr;
+};
+
+}  // namespace pgk
