@@ -52,7 +52,8 @@ GPU_REPORT ?= benchmarks/results/gpu-test.json
 gpu-test:
 	PYGPUKIT_STRICT=1 $(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device")'
-	$(PYTHON) -m pytest tests/gpu tests/unit/test_device_contract.py --report $(GPU_REPORT)
+	$(PYTHON) -m pytest tests/gpu tests/unit/test_device_contract.py tests/unit/test_memory_pool.py \
+		--report $(GPU_REPORT)
 
 lint: build
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard benchmarks/*.cpp tests/*/*.cpp)

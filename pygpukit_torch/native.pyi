@@ -10,6 +10,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+import torch
+
 from pygpukit_torch.context import ExecutionContext
 
 R = TypeVar("R")
@@ -200,6 +202,149 @@ def plan_eviction(
     tier: Tier, of_base: bool, bytes: int, holders: list[Holder]
 ) -> list[tuple[int, int, bool]]:
     """Return who gives how much, and whether it is active; see csrc/core/eviction.h."""
+class PoolStats:
+    """What a memory pool holds, in bytes, and what happened in it."""
+
+    @property
+    def quota(self) -> int: ...
+    @property
+    def used(self) -> int:
+        """By blocks in device memory, each rounded up to its size class.
+
+        Blocks count that were freed while tensors of them live.
+        """
+
+    @property
+    def cached(self) -> int:
+        """By freed blocks that are kept for reuse; part of the quota as well."""
+
+    @property
+    def available(self) -> int:
+        """What fits without an eviction: the quota less what is used."""
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What was asked for and is not freed yet, evicted blocks included."""
+
+    @property
+    def evicted_bytes(self) -> int:
+        """Of these, what is in host memory."""
+
+    @property
+    def resident(self) -> int:
+        """Physical memory of the device, in pages; partly used ones can be more than the quota."""
+
+    @property
+    def free_blocks(self) -> int:
+        """How many are cached."""
+
+    @property
+    def active_blocks(self) -> int:
+        """How many are not freed yet, evicted ones included."""
+
+    @property
+    def allocation_count(self) -> int: ...
+    @property
+    def reuse_count(self) -> int:
+        """How often a cached block served an allocation or a restore."""
+
+    @property
+    def eviction_count(self) -> int: ...
+
+class MemoryBlock:
+    """Memory of a pool; it is the pool's until it is freed there, and keeps the pool alive."""
+
+    @property
+    def id(self) -> int:
+        """A number that the pool does not use again."""
+
+    @property
+    def size(self) -> int:
+        """Bytes, as asked for."""
+
+    @property
+    def ptr(self) -> int:
+        """The address; 0 while the block is evicted, and once it is freed."""
+
+    @property
+    def is_evicted(self) -> bool:
+        """Whether the contents are in host memory; False once the block is freed."""
+
+    def as_tensor(self, dtype: torch.dtype = ...) -> torch.Tensor:
+        """Return a flat tensor that is the block's memory; ``torch.uint8`` unless told.
+
+        An evicted block is restored first. As long as the tensor or a view of it lives, the block
+        is not evicted, and its memory valid, also once it was freed or the pool is gone.
+
+        Raises:
+            ValueError: the size is no multiple of the item size, or the block was freed.
+            MemoryError: restoring does not fit into the quota.
+            DeviceError: the device failed; nothing is lost.
+        """
+
+class MemoryPool:
+    """Memory of a device within a quota, with free lists, and eviction to host memory.
+
+    Sizes are rounded up to one of four classes in each power of two. A freed block is kept for the
+    next request of its class. If the quota is short, cached blocks of other classes are dropped,
+    then, with ``enable_eviction``, the blocks that were not used for longest are evicted: used is
+    what was allocated, touched, restored or made a tensor. Blocks with live tensors stay.
+
+    Work on the device that uses a block is awaited before its memory serves another one. All
+    methods may be called from any thread.
+
+    Args:
+        quota: bytes, at most the device's capacity; used and cached blocks never exceed it.
+        enable_eviction: whether allocating and restoring may evict.
+        device: where the memory is. None is the device that pygpukit_torch is initialized with, or
+            a host device of the pool's own.
+
+    Raises:
+        ValueError: the quota is not positive, or above the device's capacity.
+        DeviceError: the device failed.
+    """
+
+    def __init__(
+        self, quota: int, enable_eviction: bool = False, device: Device | None = None
+    ) -> None: ...
+    def allocate(self, size: int) -> MemoryBlock:
+        """Return a block of ``size`` bytes, contents undefined.
+
+        Raises:
+            MemoryError: it does not fit into the quota; nothing has changed.
+            ValueError: the size is not positive.
+            DeviceError: the device failed; no block is lost, and it can be tried again.
+        """
+
+    def free(self, block: MemoryBlock) -> None:
+        """Take the block back. ValueError if it was freed already, or is another pool's."""
+
+    def touch(self, block: MemoryBlock) -> None:
+        """Count as a use of the block; an evicted one stays so."""
+
+    def evict(self, block: MemoryBlock) -> None:
+        """Move the contents to host memory and give up the device memory.
+
+        Raises:
+            ValueError: a tensor of the block lives, it was freed, or is another pool's.
+            DeviceError: the device failed; the block is as it was.
+        """
+
+    def restore(self, block: MemoryBlock) -> None:
+        """Move the contents back, possibly to another address.
+
+        Raises:
+            MemoryError: it does not fit into the quota; the block is evicted still.
+            DeviceError: the device failed; the block is evicted still.
+        """
+
+    def clear(self) -> None:
+        """Free all blocks, and give all memory back to the device but that of live tensors."""
+
+    def stats(self) -> PoolStats: ...
+    def check_invariants(self) -> None: ...
+    @property
+    def device(self) -> Device: ...
 
 class Tier(enum.Enum):
     """See :class:`pygpukit_torch.QoSPolicy`."""

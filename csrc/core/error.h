@@ -13,6 +13,7 @@ enum class ErrorCode {
   context_destroyed,
   busy,
   out_of_memory,
+  over_quota,
   device,
   forked,
   session,

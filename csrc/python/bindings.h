@@ -11,6 +11,7 @@ void bind_device(pybind11::module_& module);
 void bind_cuda(pybind11::module_& module);
 void bind_core(pybind11::module_& module);
 void bind_manager(pybind11::module_& module);
+void bind_memory_pool(pybind11::module_& module);
 void bind_session(pybind11::module_& module);
 void bind_event_loop(pybind11::module_& module);
 

@@ -21,6 +21,8 @@ py::object python_class(ErrorCode code) {
       return ours("ContextBusyError");
     case ErrorCode::out_of_memory:
       return py::module_::import("torch").attr("OutOfMemoryError");
+    case ErrorCode::over_quota:
+      return py::module_::import("builtins").attr("MemoryError");
     case ErrorCode::device:
       return ours("DeviceError");
     case ErrorCode::forked:

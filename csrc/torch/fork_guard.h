@@ -5,10 +5,12 @@
 #include <memory>
 
 #include "core/manager.h"
+#include "core/memory_pool.h"
 
 namespace pgk {
 
-// Until the manager is destroyed.
+// Until the manager, or the pool, is destroyed.
 void guard_forks(const std::shared_ptr<Manager>& manager);
+void guard_pool_forks(const std::shared_ptr<MemoryPool>& pool);
 
 }  // namespace pgk

@@ -183,6 +183,15 @@ def test_stream_events() -> None:
     assert names["ctx1"].usage().used == 4096
 
 
+def test_memory_pool(capsys: pytest.CaptureFixture[str]) -> None:
+    names = run("Memory Pool")
+    assert capsys.readouterr().out == "Allocated: 0\nFree blocks: 1\n"
+    pool = names["pool"]
+    block = pool.allocate(4096)
+    assert pool.stats().reuse_count == 1
+    assert block.as_tensor(torch.float16).data_ptr() == block.ptr
+
+
 def test_every_snippet_of_the_guide_is_tested() -> None:
     chapters = re.findall(r"^## (.*)\n(?:(?!^## ).*\n)*?```python", GUIDE, re.MULTILINE)
     tests = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}

@@ -1,5 +1,6 @@
 // Many threads on one small device, for the sanitizers: allocations in shared and own contexts,
-// reclaim between them, contexts that come and go with live blocks, sessions, statistics.
+// reclaim between them, contexts that come and go with live blocks, sessions, statistics; and a
+// memory pool too small for them.
 #include <array>
 #include <atomic>
 #include <chrono>
@@ -14,6 +15,8 @@
 
 #include "core/address_table.h"
 #include "core/manager.h"
+#include "core/memory_pool.h"
+#include "core/scope_exit.h"
 #include "core/session.h"
 #include "device/host_device.h"
 #include "device/waiters.h"
@@ -37,6 +40,7 @@ struct FakeStreams final : ThreadStreams {
 
 constexpr int kThreads = 4;
 constexpr int kSteps = 4000;
+constexpr int kPoolSteps = 1000;
 constexpr int kWaits = 100;
 
 struct Block {
@@ -128,13 +132,48 @@ void work(Manager& manager, const std::shared_ptr<Context>& shared, int index) {
   manager.destroy_context(*own);
 }
 
+std::atomic<int> over_quota{0};
+
+// Blocks come and go between the threads' pins, which end without the pool's lock.
+void pool_work(MemoryPool& pool, int index) {
+  std::mt19937 random(static_cast<unsigned>(index));
+  const auto below = [&](std::size_t n) {
+    return std::uniform_int_distribution<std::size_t>(0, n - 1)(random);
+  };
+  for (int step = 0; step < kPoolSteps; ++step) {
+    try {
+      const std::size_t bytes = 1 + below(below(4) == 0 ? 3 * MiB : 20 * KiB);
+      const MemoryPool::Id id = pool.allocate(bytes);
+      ScopeExit free_it([&] { pool.free(id); });
+      auto pin = pool.pin(id);
+      const Block block{reinterpret_cast<void*>(pin->address()), bytes,
+                        static_cast<unsigned char>(index + 1)};
+      block.write();
+      pin.reset();
+      if (below(3) == 0) pool.evict(id);
+      pin = pool.pin(id);
+      const Block again{reinterpret_cast<void*>(pin->address()), bytes, block.mark};
+      if (!again.intact()) fail("a block of the pool lost its contents");
+      if (below(2) == 0) pin.reset();  // else it is freed while it is pinned
+    } catch (const Error& error) {
+      if (error.code() != ErrorCode::over_quota) throw;
+      ++over_quota;
+    }
+    if (step % 100 == 0) pool.check_invariants();
+  }
+}
+
 }  // namespace
 
 int main() {
   FakeStreams streams;
   auto manager = Manager::make(std::make_shared<HostDevice>(48 * MiB), &streams);
   auto shared = manager->create_context({"shared", 24 * MiB, 0});
+  auto pool = MemoryPool::make(4 * MiB, true, std::make_shared<HostDevice>(12 * MiB));
   std::vector<std::thread> threads;
+  for (int index = 0; index < kThreads; ++index) {
+    threads.emplace_back([&, index] { pool_work(*pool, index); });
+  }
   for (int index = 0; index < kThreads; ++index) {
     threads.emplace_back([&, index] { work(*manager, shared, index); });
   }
@@ -147,6 +186,9 @@ int main() {
   }
   for (auto& thread : threads) thread.join();
   while (waited < kWaits) std::this_thread::yield();
+  pool->check_invariants();
+  if (pool->stats().used != 0) fail("blocks of the pool were lost");
+  if (pool->stats().eviction_count == 0 || over_quota == 0) fail("the pool was never full");
   manager->check_invariants();
   if (shared->used_bytes() != 0) fail("blocks were lost");
   if (manager->device_usage().contexts.size() != 1) fail("an orphan was not collected");

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import pygpukit_torch as pgk
-from pygpukit_torch import MB, ForkError
+from pygpukit_torch import MB, ForkError, native
 from pygpukit_torch import runtime as pgk_runtime
 
 pytestmark = [
@@ -64,6 +64,36 @@ def test_a_childs_writes_stay_in_the_child(context: pgk.ExecutionContext) -> Non
 
     assert in_child(write) == 2 * tensor.numel()
     assert (tensor == 1).all()
+
+
+def test_a_memory_pool_stays_the_parents() -> None:
+    pool = native.MemoryPool(64 * MB, True)
+    block, other = pool.allocate(5 * MB), pool.allocate(5 * MB)
+    tensor = block.as_tensor().fill_(1)
+
+    def use() -> int:
+        for refused in (
+            lambda: pool.allocate(1),
+            lambda: pool.free(block),
+            lambda: pool.evict(other),
+            other.as_tensor,
+            pool.clear,
+        ):
+            with pytest.raises(ForkError, match="forked child of the one that made the memory"):
+                refused()
+        return int(tensor.mul_(2).sum())
+
+    assert in_child(use) == 2 * tensor.numel()
+    assert (tensor == 1).all()
+    pool.evict(other)
+    pool.check_invariants()
+
+
+def test_a_memory_pool_that_a_child_drops_keeps_the_parents_memory() -> None:
+    held = [native.MemoryPool(64 * MB).allocate(5 * MB)]
+    held[0].as_tensor().fill_(1)
+    in_child(held.clear)
+    assert held[0].as_tensor().eq(1).all()
 
 
 class InPlace(Dataset[torch.Tensor]):

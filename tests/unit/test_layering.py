@@ -15,7 +15,11 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         {"core", "device", "torch"},
         {"ATen/", "c10/", "torch/", "cuda_runtime_api.h", "pthread.h", "sys/"},
     ),
-    "python": ({"core", "device", "torch", "python"}, {"pybind11/", "sys/", "unistd.h"}),
+    "python": (
+        {"core", "device", "torch", "python"},
+        # Torch's header converts tensors and dtypes.
+        {"pybind11/", "sys/", "unistd.h", "torch/csrc/utils/pybind.h"},
+    ),
 }
 # Below the interface, only the core's vocabulary may be known; above it, only the interface.
 DEVICE_SEES_OF_CORE = {"core/types.h", "core/error.h"}
