@@ -202,6 +202,7 @@ def plan_eviction(
     tier: Tier, of_base: bool, bytes: int, holders: list[Holder]
 ) -> list[tuple[int, int, bool]]:
     """Return who gives how much, and whether it is active; see csrc/core/eviction.h."""
+
 class PoolStats:
     """What a memory pool holds, in bytes, and what happened in it."""
 

@@ -89,8 +89,7 @@ void* Context::allocate_resident(std::size_t bytes, StreamId stream) {
   return start == Arena::kNone ? nullptr : finish_allocation(start, granules);
 }
 
-void* Context::try_allocate(std::size_t bytes, StreamId stream, Effort effort,
-                            std::string* said) {
+void* Context::try_allocate(std::size_t bytes, StreamId stream, Effort effort, std::string* said) {
   if (void* pointer = allocate_resident(bytes, stream)) return pointer;
   return manager()->allocate_slow(*this, bytes, stream, effort, said);
 }
@@ -291,8 +290,8 @@ bool Context::close() {
   std::uint32_t sessions = sessions_.load(std::memory_order_acquire);
   do {
     if ((sessions & ~kEvicted) != 0) return false;
-  } while (!sessions_.compare_exchange_weak(sessions, sessions | kClosed,
-                                            std::memory_order_acq_rel));
+  } while (
+      !sessions_.compare_exchange_weak(sessions, sessions | kClosed, std::memory_order_acq_rel));
   return true;
 }
 

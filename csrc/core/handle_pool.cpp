@@ -52,7 +52,8 @@ Handle HandlePool::take(std::size_t bytes, const Keep& should, const Keep& must)
       return create(bytes, should);
     } catch (const Error&) {
       // Not for whatever else may have gone wrong.
-      if (existing_bytes_ + bytes <= device_.properties().capacity && device_.free_bytes() >= bytes) {
+      if (existing_bytes_ + bytes <= device_.properties().capacity &&
+          device_.free_bytes() >= bytes) {
         throw;
       }
       if (handles.size() <= kept(must, bytes)) return create(bytes, must);

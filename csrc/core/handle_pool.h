@@ -23,7 +23,7 @@ class HandlePool {
 
   // A pooled handle beyond what should stay, else a new one, for which others beyond that are
   // released if the device is full, else one beyond what must stay. Throws ErrorCode::device.
-  Handle take(std::size_t bytes, const Keep& should, const Keep& must);
+  Handle take(std::size_t bytes, const Keep& should = {}, const Keep& must = {});
   void give_back(Handle handle) { shelves_[handle.bytes].push_back(handle); }
 
   // Creates what is missing for `count` handles beyond what must stay. Throws ErrorCode::device;
@@ -33,7 +33,7 @@ class HandlePool {
   void even_out(const Keep& keep);
 
   // Releases all that need not stay. What the device refuses to release stays pooled.
-  void trim(const Keep& keep);
+  void trim(const Keep& keep = {});
 
   std::size_t pooled(std::size_t bytes) const;
   std::size_t pooled_bytes() const;

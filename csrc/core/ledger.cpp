@@ -79,9 +79,9 @@ void Ledger::resize(Id id, std::size_t max, std::size_t base) {
   check_limits(max, base);
   Account& account = find(id);
   if (account.held() > max) {
-    throw Error(ErrorCode::invalid_value, format_bytes(account.held()) +
-                                              " are held, more than the new max of " +
-                                              format_bytes(max));
+    throw Error(
+        ErrorCode::invalid_value,
+        format_bytes(account.held()) + " are held, more than the new max of " + format_bytes(max));
   }
   Account changed = account;
   changed.max = max;

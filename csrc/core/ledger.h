@@ -66,7 +66,8 @@ class Ledger {
   std::size_t shortage(Id id, std::size_t bytes) const;
   // The most that free_for(id) can become while others are evicted.
   std::size_t allowance(Id id) const;
-  // By how much free_for(id) would grow if `holder` gave up all that its base does not keep from it.
+  // By how much free_for(id) would grow if `holder` gave up all that its base does not keep from
+  // it.
   std::size_t spare(Id holder, Id id) const;
   // Bytes that are neither reserved nor held.
   std::size_t uncommitted() const;

@@ -95,8 +95,8 @@ class Manager : public std::enable_shared_from_this<Manager> {
   void resize_context(Context& context, std::size_t max, std::size_t base);
 
   // Moves all of an idle context's pages to host memory; those without live blocks are given up.
-  // Throws ErrorCode::busy if it is in use, pinned or cannot be waited for, ::out_of_memory if there
-  // is no host memory left, ::device. What was moved by then stays out.
+  // Throws ErrorCode::busy if it is in use, pinned or cannot be waited for, ::out_of_memory if
+  // there is no host memory left, ::device. What was moved by then stays out.
   void evict_context(Context& context);
   // Brings all back, at the cost of others as a request of the context would. Does nothing while
   // it is in use. Throws ErrorCode::out_of_memory with who holds what, or ::device.
@@ -217,6 +217,7 @@ class Manager : public std::enable_shared_from_this<Manager> {
   void settle(Round& round, std::uint64_t nanoseconds);
   void drop_backups(std::size_t bytes);
   bool make_room(const Need& need, std::string& why);
+  bool await_others(Lock& lock, const Need& need, Stopped& victims);
   bool may_try_again(const Need& need, const Round& round, const std::optional<Error>& failure,
                      Stopped& victims, std::string& why);
   void bring_back(Context& context);

@@ -66,8 +66,8 @@ Manager::Survey Manager::survey(const Context* claimant,
     Holder holder = standing.holder;
     if (claimant != nullptr && holder.id == claimant->id()) continue;
     const Ledger::Account& account = ledger_.account(holder.id);
-    const std::size_t spare = claimant == nullptr ? account.resident
-                                                  : ledger_.spare(holder.id, claimant->id());
+    const std::size_t spare =
+        claimant == nullptr ? account.resident : ledger_.spare(holder.id, claimant->id());
     const std::size_t cached = std::min(spare, standing.cached);
     survey.cached += cached;
     if (standing.is_pinned || (holder.tier > tier && !holder.orphan)) continue;
@@ -134,9 +134,27 @@ std::vector<Eviction> Manager::plan(const Need& need, std::size_t missing, const
   return plan;
 }
 
+// Where nobody can give way: whether that may be otherwise once others have let go of the contexts
+// that they have stopped, and if so, waits for it. What comes back is waited for only by the base
+// of a higher tier, so that nobody waits for somebody who waits for him.
+bool Manager::await_others(Lock& lock, const Need& need, Stopped& victims) {
+  const auto comes_back = [&](const Context* context) {
+    return context->is_moving() && context->tier() < need.tier();
+  };
+  const std::vector<Context*> contexts = all();
+  const bool may_change =
+      stopped_victims_ != victims.count() ||
+      (need.of_base && std::any_of(contexts.begin(), contexts.end(), comes_back));
+  if (!may_change || Clock::now() >= need.deadline) return false;
+  victims.let_go();
+  moved_.wait_until(lock, need.deadline);
+  return true;
+}
+
 // After a round that came to nothing: whether it is worth another one, and if so, waits.
-bool Manager::may_try_again(const Need& need, const Round& round, const std::optional<Error>& failure,
-                            Stopped& victims, std::string& why) {
+bool Manager::may_try_again(const Need& need, const Round& round,
+                            const std::optional<Error>& failure, Stopped& victims,
+                            std::string& why) {
   if (failure && failure->code() != ErrorCode::busy) {
     why = failure->what();
     return false;
@@ -171,10 +189,7 @@ bool Manager::make_room(const Need& need, std::string& why) {
       if (missing == 0) return true;
       const std::vector<Eviction> evictions = plan(need, missing, victims, why);
       if (evictions.empty()) {
-        // Others have stopped some, and may leave what would do.
-        if (stopped_victims_ == victims.count()) return false;
-        victims.let_go();
-        moved_.wait(lock);
+        if (!await_others(lock, need, victims)) return false;
         continue;
       }
       is_chosen = choose_outs(evictions, victims, round);
@@ -186,7 +201,8 @@ bool Manager::make_room(const Need& need, std::string& why) {
       settle(round, 0);
     }
     const bool is_progress = !failure && is_chosen && round.in_use == nullptr;
-    if (!is_progress && is_chosen && !may_try_again(need, round, failure, victims, why)) return false;
+    if (!is_progress && is_chosen && !may_try_again(need, round, failure, victims, why))
+      return false;
   }
 }
 
@@ -250,11 +266,7 @@ void Manager::bring_back(Context& context) {
       if (missing > 0 && !awaited) {
         evictions = plan(need, missing, victims, why);
         is_possible = !evictions.empty();
-        if (!is_possible && stopped_victims_ != victims.count()) {
-          victims.let_go();
-          moved_.wait(lock);
-          continue;
-        }
+        if (!is_possible && await_others(lock, need, victims)) continue;
       }
       if (is_possible && !awaited) {
         if (std::exchange(is_first, false)) {
@@ -291,6 +303,7 @@ void Manager::evict_context(Context& context) {
   const Blocking blocking;
   Stopped stopped(*this, /*victims=*/true);
   const std::string refused = "context '" + context.name() + "' cannot be evicted: ";
+  bool is_first = false;
   for (;;) {
     Round round;
     {
@@ -306,12 +319,13 @@ void Manager::evict_context(Context& context) {
         }
         if (!stopped.stop(context)) continue;  // entered in between
         const ContextLock context_lock(context.mutex_);
-        ++context.counters_.evictions;
         round.passing = context.streams_in_use();
+        is_first = true;
       }
       const std::size_t places = ledger_.evictable(/*of_loans=*/false) / context.page_bytes();
       const ContextLock context_lock(context.mutex_);
       add_outs(context, std::min(places, Round::kMostPages), round);
+      if (std::exchange(is_first, false) && !round.pages.empty()) ++context.counters_.evictions;
       if (round.pages.empty()) {
         if (context.device_pages() <= context.idle_device_pages()) return;
         throw Error(ErrorCode::out_of_memory, refused + host_memory_is_full());

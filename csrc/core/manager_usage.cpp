@@ -45,7 +45,7 @@ Usage Manager::usage_of(const Context& context, const std::vector<Standing>& sta
   usage.orphan = context.state_ == Context::State::orphan;
   usage.used = context.arena_.used_bytes();
   usage.resident = account.resident;
-  usage.evicted = account.evicted;
+  usage.evicted = context.evicted_pages_ * page;
   usage.max = account.max;
   usage.base = account.base;
   usage.peak = context.arena_.peak_bytes();
@@ -124,8 +124,8 @@ void Manager::reset_peaks() {
 // Who holds what of the device, as the end of an error's text.
 std::string Manager::holdings(const DeviceUsage& device) const {
   std::string text = " Device '" + device_->properties().name + "': capacity " +
-                     format_bytes(device.capacity) + ", resident " +
-                     format_bytes(device.resident) + "; used by";
+                     format_bytes(device.capacity) + ", resident " + format_bytes(device.resident) +
+                     "; used by";
   for (std::size_t i = 0; i < device.contexts.size(); ++i) {
     const Usage& other = device.contexts[i];
     text += (i == 0 ? " " : ", ") + other.name + " " + format_bytes(other.used) + " (" +

@@ -57,7 +57,7 @@ MemoryPool::~MemoryPool() {
   std::erase_if(mapped_, [&](const auto& entry) {
     const auto& [page, handle] = entry;
     if (!done([&] { device_->unmap(address_ + page * arena_.page_bytes(), handle); })) return false;
-    handles_.give_back(handle, false);
+    handles_.give_back(handle);
     return true;
   });
   handles_.trim();
@@ -301,7 +301,7 @@ void MemoryPool::evict_all(const std::vector<Block*>& victims) {
     transfer(reinterpret_cast<Address>(backup.get()), place_of(*block), block->size);
     block->backup = std::move(backup);
     by_use_.erase(block->last_use);
-    give_back(std::exchange(block->start, Arena::kNone), block->bytes, false);
+    give_back(std::exchange(block->start, Arena::kNone), block->bytes);
     evicted_bytes_ += block->size;
     ++eviction_count_;
   }
@@ -345,8 +345,8 @@ std::uint32_t MemoryPool::grow(std::uint32_t granules) {
   }
   ScopeExit tidy([&] { trim(); });
   for (std::uint32_t page = plan->first; page < plan->first + plan->count; ++page) {
-    const Handle handle = handles_.take(arena_.page_bytes(), false);
-    ScopeExit put_back([&] { handles_.give_back(handle, false); });
+    const Handle handle = handles_.take(arena_.page_bytes());
+    ScopeExit put_back([&] { handles_.give_back(handle); });
     device_->map(address_ + page * arena_.page_bytes(), handle);
     put_back.dismiss();
     mapped_.emplace(page, handle);
@@ -379,7 +379,7 @@ void MemoryPool::trim() {
       for (; unmapped < run.pages.count; ++unmapped) {
         const auto page = mapped_.find(run.pages.first + run.pages.count - unmapped - 1);
         device_->unmap(address_ + page->first * arena_.page_bytes(), page->second);
-        handles_.give_back(page->second, false);
+        handles_.give_back(page->second);
         mapped_.erase(page);
       }
     } catch (const Error&) {

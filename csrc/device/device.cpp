@@ -10,9 +10,9 @@ namespace pgk {
 
 const char* Device::name_of(Call call) {
   static constexpr std::array names{
-      "any",    "create", "create_host",   "release",        "reserve", "unreserve", "map",
-      "unmap",  "move",   "create_stream", "destroy_stream", "copy",    "record",    "wait",
-      "synchronize", "notify"};
+      "any",    "create", "create_host", "release",       "reserve",        "unreserve",
+      "map",    "unmap",  "move",        "create_stream", "destroy_stream", "copy",
+      "record", "wait",   "synchronize", "notify"};
   static_assert(names.size() == kCalls);
   return names[static_cast<std::size_t>(call)];
 }

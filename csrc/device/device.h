@@ -47,7 +47,8 @@ struct Move {
   Address address = 0;
   Handle from;  // mapped there
   Handle to;    // mapped nowhere, of the same size; one of the two is on the host
-  // If `to` held this when it was mapped last: should `from` still hold the same, nothing is copied.
+  // If `to` held this when it was mapped last: should `from` still hold the same, nothing is
+  // copied.
   std::optional<Fingerprint> known;
   // What the call did.
   bool done = false;

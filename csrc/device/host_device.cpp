@@ -36,8 +36,7 @@ class View {
  public:
   View(int file, Handle handle)
       : bytes_(handle.bytes),
-        data_(::mmap(nullptr, bytes_, PROT_READ, MAP_SHARED, file,
-                     static_cast<off_t>(handle.id))) {
+        data_(::mmap(nullptr, bytes_, PROT_READ, MAP_SHARED, file, static_cast<off_t>(handle.id))) {
     if (data_ == MAP_FAILED) fail("view", bytes_, errno);
   }
   ~View() { ::munmap(data_, bytes_); }

@@ -87,9 +87,8 @@ void bind_context(py::module_& module) {
       .def(
           "try_allocate",
           [](Context& self, std::size_t bytes, std::optional<StreamId> stream, bool may_wait) {
-            return reinterpret_cast<std::uintptr_t>(
-                self.try_allocate(bytes, stream.value_or(self.stream()),
-                                  may_wait ? Effort::evict : Effort::ready));
+            return reinterpret_cast<std::uintptr_t>(self.try_allocate(
+                bytes, stream.value_or(self.stream()), may_wait ? Effort::evict : Effort::ready));
           },
           py::arg("bytes"), py::arg("stream") = std::nullopt, py::arg("may_wait") = true,
           Unlocked())
@@ -140,9 +139,9 @@ void bind_manager(py::module_& module) {
   py::class_<Manager, std::shared_ptr<Manager>>(module, "Manager")
       .def(py::init([](std::shared_ptr<Device> device, ThreadStreams* thread_streams,
                        std::size_t host_backup, double claim_timeout) {
-             return Manager::make(std::move(device), thread_streams, host_backup,
-                                  std::chrono::nanoseconds(
-                                      static_cast<std::int64_t>(claim_timeout * 1e9)));
+             return Manager::make(
+                 std::move(device), thread_streams, host_backup,
+                 std::chrono::nanoseconds(static_cast<std::int64_t>(claim_timeout * 1e9)));
            }),
            py::arg("device").none(false), py::arg("thread_streams") = nullptr,
            py::arg("host_backup") = 0, py::arg("claim_timeout") = 10.0)
@@ -167,8 +166,7 @@ void bind_manager(py::module_& module) {
       .def("resize_context", &Manager::resize_context, py::arg("context"), py::arg("max"),
            py::arg("base"), Unlocked())
       .def("evict_context", &Manager::evict_context, py::arg("context").none(false), Unlocked())
-      .def("restore_context", &Manager::restore_context, py::arg("context").none(false),
-           Unlocked())
+      .def("restore_context", &Manager::restore_context, py::arg("context").none(false), Unlocked())
       .def("pin", &Manager::pin, py::arg("context").none(false), Unlocked())
       .def("unpin", &Manager::unpin, py::arg("context").none(false), Unlocked())
       .def("declare_consumer", &Manager::declare_consumer, py::arg("producer").none(false),
@@ -182,11 +180,11 @@ void bind_manager(py::module_& module) {
               return;
             }
             // Freed with the GIL, wherever the last one goes who has it.
-            const std::shared_ptr<py::object> kept(
-                new py::object(std::move(handler)), [](py::object* object) {
-                  const py::gil_scoped_acquire locked;
-                  delete object;
-                });
+            const std::shared_ptr<py::object> kept(new py::object(std::move(handler)),
+                                                   [](py::object* object) {
+                                                     const py::gil_scoped_acquire locked;
+                                                     delete object;
+                                                   });
             const auto ask = [kept](const std::shared_ptr<Context>& context, std::size_t requested,
                                     std::size_t available) {
               const py::gil_scoped_acquire locked;
