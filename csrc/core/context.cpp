@@ -269,7 +269,8 @@ bool Context::try_begin_session(bool keeps_active) {
   std::uint32_t sessions = sessions_.load(std::memory_order_acquire);
   do {
     const bool is_idle = (sessions & kCount) == 0;
-    if ((sessions & (kClosed | kMoving)) != 0 || (is_idle && (sessions & kEvicted) != 0)) {
+    if ((sessions & (kClosed | kMoving)) != 0 ||
+        (is_idle && (sessions & (kEvicted | kYields)) != 0)) {
       return false;
     }
   } while (keeps_active &&
@@ -289,7 +290,7 @@ void Context::begin_session_slow(bool keeps_active) {
 bool Context::close() {
   std::uint32_t sessions = sessions_.load(std::memory_order_acquire);
   do {
-    if ((sessions & ~kEvicted) != 0) return false;
+    if ((sessions & ~(kEvicted | kYields)) != 0) return false;
   } while (
       !sessions_.compare_exchange_weak(sessions, sessions | kClosed, std::memory_order_acq_rel));
   return true;

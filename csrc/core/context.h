@@ -135,7 +135,8 @@ class Context : public std::enable_shared_from_this<Context> {
   // Whether begin_session() would not have to wait for pages.
   bool is_ready() const {
     const std::uint32_t sessions = sessions_.load(std::memory_order_acquire);
-    return (sessions & kMoving) == 0 && (sessions & (kEvicted | kCount)) != kEvicted;
+    const bool is_idle = (sessions & kCount) == 0;
+    return (sessions & kMoving) == 0 && !(is_idle && (sessions & (kEvicted | kYields)) != 0);
   }
   std::uint32_t sessions() const { return sessions_.load(std::memory_order_acquire) & kCount; }
   Counters counters() const;
@@ -209,7 +210,8 @@ class Context : public std::enable_shared_from_this<Context> {
   static constexpr std::uint32_t kClosed = std::uint32_t{1} << 31;
   static constexpr std::uint32_t kMoving = std::uint32_t{1} << 30;
   static constexpr std::uint32_t kEvicted = std::uint32_t{1} << 29;
-  static constexpr std::uint32_t kCount = kEvicted - 1;
+  static constexpr std::uint32_t kYields = std::uint32_t{1} << 28;  // once it is idle
+  static constexpr std::uint32_t kCount = kYields - 1;
   std::atomic<std::uint32_t> sessions_{0};
   // In the order of use, of all contexts.
   static inline std::atomic<std::uint64_t> uses_of_all_{1};
@@ -234,6 +236,7 @@ class Context : public std::enable_shared_from_this<Context> {
   std::map<std::uint32_t, Page> pages_;  // all that are not holes
   std::uint32_t evicted_pages_ = 0;
   std::uint32_t pins_ = 0;
+  std::uint32_t waiting_ = 0;                      // claims that wait until it is idle
   std::vector<std::weak_ptr<Context>> consumers_;  // declared, since the last time it was idle
   std::vector<Retired> retired_;
   std::weak_ptr<Manager> manager_;

@@ -18,9 +18,21 @@ using ContextLock = std::lock_guard<SpinLock>;
 // Stopping ---------------------------------------------------------------------------------------
 
 Manager::Stopped::~Stopped() {
-  if (contexts_.empty()) return;
+  if (contexts_.empty() && yielding_.empty()) return;
   const std::lock_guard lock(manager_.mutex_);
+  for (const auto& context : yielding_) {
+    if (--context->waiting_ == 0) context->sessions_.fetch_and(~Context::kYields);
+  }
   let_go();
+}
+
+void Manager::Stopped::have_yield(Context& context) {
+  const auto it = std::find_if(yielding_.begin(), yielding_.end(),
+                               [&](const auto& known) { return known.get() == &context; });
+  if (it != yielding_.end()) return;
+  yielding_.push_back(context.shared_from_this());
+  ++context.waiting_;
+  context.sessions_.fetch_or(Context::kYields);
 }
 
 bool Manager::Stopped::contains(const Context& context) const {

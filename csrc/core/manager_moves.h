@@ -26,11 +26,14 @@ class Manager::Stopped {
   std::size_t count() const { return contexts_.size(); }
   // Lets all go, and wakes who waits for them.
   void let_go();
+  // Until the end of this object nobody enters it anew once it is idle.
+  void have_yield(Context& context);
 
  private:
   Manager& manager_;
   const bool victims_;
   std::vector<std::shared_ptr<Context>> contexts_;
+  std::vector<std::shared_ptr<Context>> yielding_;
 };
 
 // What a claimant wants: that so many bytes are free for it. Nobody: on the device.

@@ -171,6 +171,7 @@ bool Manager::may_try_again(const Need& need, const Round& round,
   }
   {
     const std::lock_guard lock(mutex_);
+    if (round.in_use != nullptr) victims.have_yield(*round.in_use);
     victims.let_go();
   }
   std::this_thread::sleep_for(kLookAgain);
@@ -222,7 +223,9 @@ void Manager::admit(Context& context, bool keeps_active) {
   {
     Lock lock(mutex_);
     for (;;) {
-      wait_until_still(lock, context);
+      moved_.wait(lock, [&] {
+        return !context.is_moving() && (context.waiting_ == 0 || context.sessions() > 0);
+      });
       require_open(context);
       if (context.try_begin_session(keeps_active)) return;
       if (context.evicted_pages_ > 0 && self.stop(context)) break;

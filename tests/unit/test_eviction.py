@@ -601,7 +601,7 @@ def test_a_handler_may_free_memory_and_allocate(bench: Bench) -> None:
     bench.check()
 
 
-LAST_CALL = 60
+LAST_CALL = 54
 
 
 @pytest.mark.parametrize("n", range(1, LAST_CALL + 1))
