@@ -83,7 +83,7 @@ def test_an_overrun_is_torchs_error_with_our_message_and_leaves_everything_usabl
     text = str(caught.value)
     assert text.startswith("context 'small' is out of memory: tried to allocate 200.00 MiB with")
     assert "budget of 256.00 MiB" in text
-    assert "small 100.00 MiB (guaranteed, base 256.00 MiB)" in text
+    assert "small 100.00 MiB (guaranteed, base 256.00 MiB, in use)" in text
     assert (0, 200 * MB) in seen
     assert kept.min().item() == 1
     assert context.memory_stats()["num_ooms"] == 1
