@@ -94,16 +94,20 @@ def test_one_changed_byte_is_one_page_copied() -> None:
 
 def test_models_that_do_not_fit_together_take_turns() -> None:
     """Six of a third of the device each: outputs are those of the first turn, whoever went out."""
+    pgk.shutdown()
+    pgk.initialize(device="cuda", total_vram=12 * GB, host_backup=32 * GB)
     models = []
+    torch.set_default_dtype(torch.bfloat16)
     for seed in range(6):
-        context = create_context(f"m{seed}", int(2.5 * GB), qos=QoSPolicy.BEST_EFFORT)
-        with context_session(context):
-            model = llama(layers=16, hidden=2048, vocabulary=8000).to("cuda", torch.bfloat16)
+        context = create_context(f"m{seed}", 5 * GB, qos=QoSPolicy.BEST_EFFORT)
+        with context_session(context), torch.device("cuda"):
+            model = llama(layers=34, hidden=2048, vocabulary=8000)
             for parameter in model.parameters():
                 parameter.data.mul_(1 + seed / 10)
         models.append((context, model))
+    torch.set_default_dtype(torch.float32)
     sizes = [context.usage().used for context, _ in models]
-    assert sum(sizes) > 9 * GB
+    assert sum(sizes) > 18 * GB
     ids = tokens(2, 16, 8000)
 
     def answer(turn: int) -> list[list[int]]:
@@ -120,7 +124,7 @@ def test_models_that_do_not_fit_together_take_turns() -> None:
     for turn in (choice.randrange(6) for _ in range(60)):
         assert answer(turn) == expected[turn]
     stats = pgk.stats()
-    assert stats.reserved <= 6 * GB
+    assert stats.reserved <= 12 * GB
     assert sum(context.restores for context in stats.contexts) >= 20
     print(
         f"\n60 turns of 6 models of {sizes[0] / GB:.2f} GiB:",
@@ -365,10 +369,10 @@ def test_memory_outside_of_contexts_gets_what_best_effort_holds() -> None:
     assert outside.min().item() == 1
     del outside
     torch.cuda.empty_cache()
-    assert x.eq(7).all()
+    assert x.min() == x.max() == 7
     with context_session(low):
         assert low.usage().evicted == 0
-        assert x.eq(7).all()
+        assert x.min() == x.max() == 7
     del x
 
 
@@ -377,9 +381,13 @@ def test_reservations_are_safe_from_memory_outside_of_contexts() -> None:
     pgk.initialize(device="cuda", host_backup=24 * GB)
     reserved = create_context("reserved", 16 * GB, qos=QoSPolicy.GUARANTEED)
     taken = []
-    with pytest.raises(torch.OutOfMemoryError):
+
+    def take_all() -> None:
         while True:
             taken.append(torch.empty(2 * GB, dtype=torch.uint8, device="cuda"))
+
+    with pytest.raises(torch.OutOfMemoryError):
+        take_all()
     with context_session(reserved):
         x = torch.ones(15 * GB, dtype=torch.uint8, device="cuda")
     assert x[-1].item() == 1
