@@ -43,14 +43,17 @@ std::optional<Handle> HostPool::make(std::size_t bytes, std::unique_lock<std::mu
   }
   Shelf& shelf = shelves_[bytes];
   existing_bytes_ += bytes;
+  making_bytes_ += bytes;
   ++shelf.existing;
   lock.unlock();
   try {
     const Handle handle = device_->create_host(bytes);
     lock.lock();
+    making_bytes_ -= bytes;
     return handle;
   } catch (...) {
     lock.lock();
+    making_bytes_ -= bytes;
     existing_bytes_ -= bytes;
     --shelf.existing;
     throw;
@@ -156,7 +159,7 @@ std::size_t HostPool::existing_bytes() const {
 
 std::size_t HostPool::taken_bytes() const {
   const std::lock_guard lock(mutex_);
-  std::size_t bytes = existing_bytes_;
+  std::size_t bytes = existing_bytes_ - making_bytes_;
   for (const auto& [size, shelf] : shelves_) bytes -= size * shelf.handles.size();
   return bytes;
 }

@@ -48,7 +48,7 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def test_evicted_memory_is_given_up_and_its_addresses_stay_valid() -> None:
-    context = create_context("a", 3 * GB)
+    context = create_context("a", 5 * GB)
     with context_session(context):
         x = torch.arange(GB // 4, device="cuda", dtype=torch.int32)
         small = torch.ones(1000, device="cuda")
@@ -205,7 +205,7 @@ def test_a_thousand_moves_each_way_under_load() -> None:
     def capture() -> None:
         with capturing:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 y = graph_source * 2
         graph.replay()
         torch.cuda.current_stream().synchronize()
@@ -349,13 +349,13 @@ def test_a_base_is_claimed_from_a_context_at_work() -> None:
         f"\nclaimed 3.5 GiB of a context at work in {1e3 * claimed:.0f} ms, {evicted / GB:.2f} GiB"
     )
     assert evicted >= 2 * GB
-    assert y.eq(5).all()
-    assert x.eq(updates).all()
+    assert y.min() == y.max() == 5
+    assert x.min() == x.max() == updates
     del y
     reserved.destroy()
     with context_session(low):
         assert low.usage().evicted == 0
-        assert x.eq(updates).all()
+        assert x.min() == x.max() == updates
 
 
 def test_memory_outside_of_contexts_gets_what_best_effort_holds() -> None:
@@ -397,15 +397,15 @@ def test_reservations_are_safe_from_memory_outside_of_contexts() -> None:
 def test_backward_in_torchs_worker_of_a_context_that_gave_way_in_between() -> None:
     a, b = (create_context(name, 5 * GB) for name in "ab")
     with context_session(a):
-        weight = torch.full((GB // 4,), 2.0, device="cuda", requires_grad=True)
+        weight = torch.full((GB // 2,), 2.0, device="cuda", requires_grad=True)
         loss = weight.square().sum()
     with context_session(b):
-        filler = torch.zeros(4 * GB, dtype=torch.uint8, device="cuda")
+        filler = torch.zeros(9 * GB // 2, dtype=torch.uint8, device="cuda")
     assert a.usage().evicted > 0
     loss.backward()
     assert weight.grad is not None
-    assert weight.grad.eq(4).all()
-    assert filler.sum().item() == 0
+    assert weight.grad.min() == weight.grad.max() == 4
+    assert filler.max().item() == 0
     del weight, loss, filler
 
 
