@@ -29,7 +29,7 @@ def info() -> list[tuple[str, str]]:
         ("free host memory", format_bytes(free_host_memory())),
         ("CPU tensors", _or_why(_host_device_works)),
         ("CUDA tensors", _or_why(_cuda_works)),
-        ("eviction", "not available: comes with a later version"),
+        ("eviction", _or_why(_eviction_works)),
         ("partitions", "not available: come with a later version"),
         *((f"for the demo: {package}", _installed(package)) for package in DEMO_PACKAGES),
     ]
@@ -58,6 +58,18 @@ def _cuda_works() -> str:
     device = native.CudaDevice()
     native.Manager(device).create_context("probe", device.granularity).allocate(1)
     return "available: contexts with budgets and reservations"
+
+
+def _eviction_works() -> str:
+    device = (
+        native.HostDevice(native.HostDevice.GRANULARITY) if why_no_cuda() else native.CudaDevice()
+    )
+    if not device.can_move:
+        return "not available: the driver does not map host memory at device addresses"
+    fingerprints = (
+        "" if isinstance(device, native.HostDevice) else ", unchanged pages are not copied"
+    )
+    return f"available{fingerprints}"
 
 
 def _or_why(probe: Callable[[], str]) -> str:

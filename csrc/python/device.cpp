@@ -54,6 +54,10 @@ void bind_device(py::module_& module) {
                              [](const Device& self) { return self.properties().capacity; })
       .def_property_readonly("granularity",
                              [](const Device& self) { return self.properties().granularity; })
+      .def_property_readonly("can_move",
+                             [](const Device& self) { return self.properties().can_move; })
+      .def_property_readonly("can_hold",
+                             [](const Device& self) { return self.properties().can_hold; })
       .def("create", &Device::create, py::arg("bytes"), Unlocked())
       .def("create_host", &Device::create_host, py::arg("bytes"), Unlocked())
       .def("release", &Device::release, py::arg("handle"), Unlocked())

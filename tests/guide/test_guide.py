@@ -159,6 +159,37 @@ def test_vram_budgeting(capsys: pytest.CaptureFixture[str]) -> None:
     assert pgk.get_context_usage(names["ctx"]).used == tensor.nbytes
 
 
+def test_setting_qos_policy() -> None:
+    names = run("Setting QoS Policy")
+    llm, tts, background = names["llm_ctx"], names["tts_ctx"], names["bg_ctx"]
+    assert [c.qos for c in (llm, tts, background)] == list(pgk.QoSPolicy)
+    assert [c.base_vram for c in (llm, tts, background)] == [4 * GB, GB, 0]
+    assert pgk.get_available_vram() == 3 * GB
+    assert pgk.stats().pooled == 5 * GB, "reservations are made at once"
+    with pytest.raises(pgk.AdmissionError):
+        pgk.create_context("another", 3 * GB + 2 * MB, qos=pgk.QoSPolicy.GUARANTEED)
+    with pgk.context_session(background), pytest.raises(torch.OutOfMemoryError):
+        torch.empty(GB + 1, dtype=torch.uint8)
+
+
+def test_memory_pressure_handling(capsys: pytest.CaptureFixture[str]) -> None:
+    pgk.initialize(device="cpu", total_vram=64 * MB, host_backup=256 * MB)
+    names = run("Memory Pressure Handling")
+    first, second = (names["create_context"](name, 64 * MB) for name in ("first", "second"))
+    with pgk.context_session(first):
+        kept = torch.full((40 * MB,), 7, dtype=torch.uint8)
+    assert capsys.readouterr().out == ""
+    with pgk.context_session(second):
+        other = torch.zeros(48 * MB, dtype=torch.uint8)
+    requested, available = 48 * MB, 64 * MB
+    assert capsys.readouterr().out == (
+        f"Context second: requested {requested}, available {available}\n"
+    )
+    assert first.usage().evicted == 24 * MB
+    assert kept.eq(7).all()
+    assert other.max() == 0
+
+
 def test_explicit_stream_control(capsys: pytest.CaptureFixture[str]) -> None:
     names = run("Explicit Stream Control")
     assert names["stream"] is names["ctx"].stream
