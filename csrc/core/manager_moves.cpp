@@ -204,7 +204,10 @@ void Manager::take_host_memory(Round& round) {
       }
       handle = host_pool_.take(move.from.bytes);
     }
-    if (!handle) throw Error(ErrorCode::out_of_memory, host_memory_is_full());
+    if (!handle) {
+      const std::lock_guard lock(mutex_);
+      throw Error(ErrorCode::out_of_memory, host_memory_is_full());
+    }
     move.to = *handle;
   }
 }

@@ -9,7 +9,8 @@ namespace pgk {
 // unless lent.
 std::size_t Manager::unfilled_pages(const Context& context, std::size_t base) const {
   const std::size_t pages = base / context.page_bytes();
-  const std::size_t resident = context.device_pages();
+  // By the books: pages that are on their way back have their handles already.
+  const std::size_t resident = ledger_.account(context.id()).resident / context.page_bytes();
   return pages > resident ? pages - resident : 0;
 }
 
