@@ -66,6 +66,42 @@ def test_a_childs_writes_stay_in_the_child(context: pgk.ExecutionContext) -> Non
     assert (tensor == 1).all()
 
 
+def test_evicted_memory_is_the_childs_own_too(context: pgk.ExecutionContext) -> None:
+    with pgk.context_session(context):
+        tensor = torch.ones(5 * MB // 4)
+    context.evict()
+
+    def write() -> float:
+        tensor.mul_(2)
+        return float(tensor.sum())
+
+    assert in_child(write) == 2 * tensor.numel()
+    assert (tensor == 1).all()
+    context.restore()
+    assert (tensor == 1).all()
+
+
+def test_forking_while_pages_move(context: pgk.ExecutionContext) -> None:
+    with pgk.context_session(context):
+        tensor = torch.arange(10 * MB // 4)
+    stop = threading.Event()
+
+    def move() -> None:
+        while not stop.is_set():
+            context.evict()
+            context.restore()
+
+    thread = threading.Thread(target=move, daemon=True)
+    thread.start()
+    try:
+        for _ in range(10):
+            assert in_child(lambda: int(tensor[-1]) + int(tensor[0])) == tensor.numel() - 1
+    finally:
+        stop.set()
+        thread.join()
+    assert torch.equal(tensor, torch.arange(10 * MB // 4))
+
+
 def test_a_memory_pool_stays_the_parents() -> None:
     pool = native.MemoryPool(64 * MB, True)
     block, other = pool.allocate(5 * MB), pool.allocate(5 * MB)
