@@ -283,7 +283,7 @@ def test_a_hundred_evictions_under_running_work_of_others() -> None:
             context = (a, b)[turn % 2]
             mark = 1 + turn % 2
             with context_session(context):
-                wrong += int(data[context].ne(mark).any().item())
+                wrong += not data[context].min() == data[context].max() == mark
     assert wrong == 0
     evictions = {context.name: context.evictions for context in pgk.stats().contexts}
     assert evictions["a"] + evictions["b"] >= 99
@@ -395,12 +395,12 @@ def test_reservations_are_safe_from_memory_outside_of_contexts() -> None:
 
 
 def test_backward_in_torchs_worker_of_a_context_that_gave_way_in_between() -> None:
-    a, b = (create_context(name, 5 * GB) for name in "ab")
+    a, b = (create_context(name, 6 * GB) for name in "ab")
     with context_session(a):
-        weight = torch.full((GB // 2,), 2.0, device="cuda", requires_grad=True)
+        weight = torch.full((GB // 4,), 2.0, device="cuda", requires_grad=True)
         loss = weight.square().sum()
     with context_session(b):
-        filler = torch.zeros(9 * GB // 2, dtype=torch.uint8, device="cuda")
+        filler = torch.zeros(11 * GB // 2, dtype=torch.uint8, device="cuda")
     assert a.usage().evicted > 0
     loss.backward()
     assert weight.grad is not None
