@@ -47,6 +47,25 @@ def test_async_models() -> None:
     assert min(used) > 0
 
 
+def test_more_models_than_vram() -> None:
+    output = run("examples/more_models_than_vram.py")
+    needed = re.search(r"([\d.]+) times the 192 MiB of the device", output)
+    assert needed
+    assert float(needed[1]) > 2
+    answers = re.search(r"^identical answers: (\d+) of (\d+)$", output, re.MULTILINE)
+    assert answers
+    assert answers[1] == answers[2]
+    assert int(answers[1]) > 30
+    assert "could not be served" not in output
+    row = r"^(\w+) +(\w+) (?: +[\d.]+){4} +(\d+) +(\d+) +[\d.]+ +(\d+) *$"
+    rows = {name: rest for name, *rest in re.findall(row, output, re.MULTILINE)}
+    assert len(rows) == 9, "one table, since this is no terminal"
+    tier, evictions, restores, requests = rows["assistant"]
+    assert (tier, evictions, restores) == ("guaranteed", "0", "0")
+    assert int(requests) > 10
+    assert sum(int(restores) for _, _, restores, _ in rows.values()) > 5
+
+
 def test_info() -> None:
     output = run("-m", "pygpukit_torch", "info")
     assert re.search(r"^CPU tensors +available", output, re.MULTILINE)
