@@ -9,6 +9,7 @@ import statistics
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.cpp_extension import load
@@ -27,11 +28,7 @@ def run(quick: bool) -> Report:
     """Measure. ``quick`` runs fewer repetitions."""
     seconds, repetitions = (0.005, 5) if quick else (0.03, 15)
     cuda = torch.cuda.is_available()
-    loop = load(
-        "pygpukit_alloc_loop",
-        [str(Path(__file__).with_name("alloc_loop.cpp"))],
-        extra_cflags=["-O2", "-std=c++20"],
-    )
+    loop = load_loop()
     if cuda:
         torch.cuda.init()
     loop.remember_stock(cuda)
@@ -93,6 +90,15 @@ def run(quick: bool) -> Report:
             context.destroy()
         pgk.shutdown()
     return report
+
+
+def load_loop() -> Any:
+    """Compile and load ``alloc_loop.cpp``."""
+    return load(
+        "pygpukit_alloc_loop",
+        [str(Path(__file__).with_name("alloc_loop.cpp"))],
+        extra_cflags=["-O2", "-std=c++20"],
+    )
 
 
 def _on_threads(

@@ -1,6 +1,7 @@
 // Times allocate + free through torch's own allocator interface, without Python in the loop.
 #include <c10/core/Allocator.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <chrono>
 #include <vector>
@@ -22,6 +23,24 @@ double time_pairs(c10::Allocator* allocator, std::size_t bytes, std::size_t pair
   return std::chrono::duration<double, std::nano>(end - start).count() / static_cast<double>(pairs);
 }
 
+// Nanoseconds of each pair, the clock's own included.
+std::vector<float> time_each_pair(c10::Allocator* allocator, std::size_t bytes, std::size_t pairs,
+                                  std::size_t live) {
+  std::vector<c10::DataPtr> blocks(live);
+  for (auto& block : blocks) block = allocator->allocate(bytes);
+  std::vector<float> times(pairs);
+  auto start = std::chrono::steady_clock::now();
+  for (std::size_t i = 0, slot = 0; i < pairs; ++i) {
+    blocks[slot].clear();
+    blocks[slot] = allocator->allocate(bytes);
+    if (++slot == live) slot = 0;
+    const auto end = std::chrono::steady_clock::now();
+    times[i] = std::chrono::duration<float, std::nano>(end - start).count();
+    start = end;
+  }
+  return times;
+}
+
 // What torch used before this package was initialized.
 c10::Allocator* stock = nullptr;
 
@@ -39,6 +58,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       "time_current",
       [](bool cuda, std::size_t bytes, std::size_t pairs, std::size_t live) {
         return time_pairs(c10::GetAllocator(type_of(cuda)), bytes, pairs, live);
+      },
+      Unlocked());
+  module.def(
+      "time_each_current",
+      [](bool cuda, std::size_t bytes, std::size_t pairs, std::size_t live) {
+        return time_each_pair(c10::GetAllocator(type_of(cuda)), bytes, pairs, live);
       },
       Unlocked());
   module.def(

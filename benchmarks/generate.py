@@ -67,19 +67,23 @@ def run(quick: bool) -> Report:
     return report
 
 
-def _llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=16,
+def llama_config(hidden: int = 2048, layers: int = 16) -> LlamaConfig:
+    """Return a Llama's shape: 0.9 billion parameters, unless told otherwise."""
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers,
         num_attention_heads=32,
         num_key_value_heads=8,
         vocab_size=32000,
         pad_token_id=0,
         eos_token_id=None,
     )
-    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def _llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(llama_config()).to(torch.bfloat16).eval()
 
 
 def _quartiles(values: tuple[float, ...]) -> str:

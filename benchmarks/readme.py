@@ -55,6 +55,26 @@ def session_table() -> str:
     return _table(header, rows, report)
 
 
+def evict_table() -> str:
+    """Out and in, as rates and as parts of the pinned copies' rates."""
+    report = _report("evict-h100.json")
+    sets = list(dict.fromkeys(row["tensors"] for row in report["rows"] if row["GiB/s"] != ""))
+    cells: dict[str, dict[str, str]] = {}
+    for row in report["rows"]:
+        if row["GiB/s"] == "":
+            continue
+        ratio = f" ({row['ratio']:.2f})" if row["to"] else ""
+        against = f", to {row['to']}" if row["to"] else ""
+        line = cells.setdefault(f"{row['what']}{against}", {})
+        line[row["tensors"]] = f"{row['GiB/s']:.3g}{ratio}"
+    header = "| GiB/s (ratio) | " + " | ".join(sets) + " |"
+    rows = [
+        f"| {what} | " + " | ".join(line.get(name, "") for name in sets) + " |"
+        for what, line in cells.items()
+    ]
+    return _table(header, rows, report)
+
+
 def _report(name: str) -> dict[str, Any]:
     report: dict[str, Any] = json.loads((RESULTS / name).read_text())
     return report

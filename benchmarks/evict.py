@@ -1,0 +1,446 @@
+"""Contexts that move out of VRAM and back, against pinned copies of the same machine.
+
+Three sets of tensors, each in a context of its own:
+
+out          ``ctx.evict()``, until it returns: then others can have all of the pages
+in           entering a session of an evicted context, until the ``with`` block begins
+first kernel from entering until a kernel that reads the context's memory is done
+A out, B in  entering B while A is resident, with room for little more than one of them
+
+Rates count the bytes of the tensors; for A and B they count what was copied, both ways together.
+``GiB copied`` is what was copied indeed, in whole pages. ``pinned`` are torch's copies between
+pinned memory and the device, in the same turns; a ratio is the part of their rate that was reached.
+
+The last rows are pairs of allocate + free in a session, one by one, beside an eviction of another
+context: in C++, through torch's allocator interface. Their ratio is that of the times.
+
+Without a GPU all of it is about the host device, where memory is copied to other memory.
+"""
+
+import statistics
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM
+
+import pygpukit_torch as pgk
+from benchmarks import memory_saver
+from benchmarks.alloc import LIVE, load_loop
+from benchmarks.generate import llama_config
+from benchmarks.report import Report
+from pygpukit_torch import GB, KB, MB, ExecutionContext, context_session
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+FIRST_TIMES = 3  # more of them say little, and each needs a new device
+GRANULARITY = 2 * MB  # of a capacity
+PAIR_BYTES = 64 * KB
+PAIRS = 2_000  # between two looks at the clock
+
+ALONE, BESIDE = "alone", "while evicting"
+PINNED_OUT, PINNED_IN, PINNED_BOTH = "pinned out", "pinned in", "pinned both ways"
+# What is timed, and what it is compared with.
+AGAINST = {
+    PINNED_OUT: "",
+    PINNED_IN: "",
+    PINNED_BOTH: "",
+    ".cpu()": PINNED_OUT,
+    ".cuda()": PINNED_IN,
+    "torch_memory_saver, out": PINNED_OUT,
+    "torch_memory_saver, in": PINNED_IN,
+    "torch_memory_saver retained, out": PINNED_OUT,
+    "torch_memory_saver retained, in": PINNED_IN,
+    "first out, cold pool": PINNED_OUT,
+    "in, after that": PINNED_IN,
+    "first out, pool made ahead": PINNED_OUT,
+    "out, changed": PINNED_OUT,
+    "out, unchanged": PINNED_OUT,
+    "in": PINNED_IN,
+    "to first kernel, evicted": PINNED_IN,
+    "to first kernel, resident": "",
+    "A out, B in, changed": PINNED_BOTH,
+    "A out, B in, unchanged": PINNED_IN,
+}
+
+Tensors = list[torch.Tensor]
+Make = Callable[[], Tensors]
+
+
+def run(quick: bool) -> Report:
+    """Measure. ``quick`` moves less, and fewer times."""
+    total = (GB if quick else 4 * GB) if CUDA else 32 * MB
+    repetitions = 3 if quick else 9
+    pinned = Pinned(total // 4)
+    report = Report(
+        "evict",
+        "medians",
+        [
+            "tensors",
+            "what",
+            "time",
+            "unit",
+            "quartiles",
+            "GiB copied",
+            "GiB/s",
+            "GB/s",
+            "ratio",
+            "to",
+        ],
+    )
+    shape = (2048, 44 if total > GB else 9) if CUDA else (256, 4)
+    sets: dict[str, Make] = {
+        "few large": partial(_equal, 8, total // 8),
+        "many small": partial(_equal, total // (200 * KB), 200 * KB),
+        "Llama": partial(_llama, *shape),
+    }
+    for name, make in sets.items():
+        with torch.device("meta"):
+            size = sum(tensor.nbytes for tensor in make())
+        timings = Timings(size)
+        _copied_by_torch(make, timings)
+        _for_the_first_time(make, timings)
+        _again_and_again(make, timings, pinned, repetitions)
+        if name == "few large":
+            report.machine["torch_memory_saver"] = _peer(timings, repetitions)
+        report.rows += timings.rows(name)
+    report.rows += _beside_an_eviction(sets["few large"], total, repetitions)
+    return report
+
+
+# Tensors ----------------------------------------------------------------------------------------
+
+
+def _equal(count: int, size: int) -> Tensors:
+    return [torch.ones(size, dtype=torch.uint8) for _ in range(count)]
+
+
+def _llama(hidden: int, layers: int) -> Tensors:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = LlamaForCausalLM(llama_config(hidden, layers))
+    finally:
+        torch.set_default_dtype(default)
+    return list(model.requires_grad_(False).parameters())
+
+
+def _made(make: Make, context: ExecutionContext) -> Tensors:
+    with context_session(context), torch.device(DEVICE):
+        return make()
+
+
+def _change(context: ExecutionContext, tensors: Tensors) -> None:
+    with context_session(context):
+        for tensor in tensors:
+            tensor.neg_()
+
+
+# Timing -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn: how long it took for how many bytes, and how many were copied (None: all)."""
+
+    seconds: float
+    moved: int
+    copied: int | None = None
+
+
+class Timings:
+    """What one set of tensors took, by the names of ``AGAINST``. ``size``: its bytes."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._turns: dict[str, list[Turn]] = defaultdict(list)
+
+    def add(self, what: str, turn: Turn) -> None:
+        """Keep one turn."""
+        self._turns[what].append(turn)
+
+    def out(self, what: str, context: ExecutionContext) -> None:
+        """Evict it, and keep what that took."""
+        copied = _copied(context)
+        start = _now()
+        context.evict()
+        seconds = time.perf_counter() - start
+        if context.usage().reserved:
+            raise RuntimeError(f"{context!r} still holds pages")
+        self.add(what, Turn(seconds, self.size, _copied(context) - copied))
+
+    def enter(self, what: str, kernel: str, context: ExecutionContext, x: Tensors) -> None:
+        """Enter it, and keep what that took, and also what it took with a kernel that reads ``x``.
+
+        Either only if it has a name.
+        """
+        # Outside of the context, whose pages are to stay as they are.
+        result = torch.empty(1024, dtype=x[0].dtype, device=DEVICE)
+        copied = _copied(context)
+        start = _now()
+        with context_session(context):
+            entered = time.perf_counter() - start
+            torch.neg(x[0].view(-1)[:1024], out=result)
+            context.stream.synchronize()
+            done = time.perf_counter() - start
+        copied = _copied(context) - copied
+        # A resident one moves nothing.
+        moved = self.size if copied else 0
+        if what:
+            self.add(what, Turn(entered, moved, copied))
+        if kernel:
+            self.add(kernel, Turn(done, moved, copied))
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """Return a row for everything that was timed."""
+        return [self._row(name, what) for what in AGAINST if self._turns[what]]
+
+    def _rate(self, what: str) -> float:
+        return statistics.median(turn.moved / turn.seconds for turn in self._turns[what])
+
+    def _row(self, name: str, what: str) -> dict[str, Any]:
+        turns = self._turns[what]
+        moved = statistics.median(turn.moved for turn in turns)
+        copied = statistics.median(
+            turn.moved if turn.copied is None else turn.copied for turn in turns
+        )
+        other = AGAINST[what]
+        return {
+            "tensors": name,
+            "what": what,
+            **_spread([1e3 * turn.seconds for turn in turns], "ms"),
+            "GiB": moved / GB,
+            "GiB copied": copied / GB,
+            "GiB/s": self._rate(what) / GB if moved else "",
+            "GB/s": self._rate(what) / 1e9 if moved else "",
+            "ratio": self._rate(what) / self._rate(other) if other else "",
+            "to": other,
+        }
+
+
+def _spread(values: list[float], unit: str) -> dict[str, Any]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"time": middle, "unit": unit, "quartiles": f"{low:.3g}-{high:.3g}"}
+
+
+def _now() -> float:
+    """The time, once the device has done all that was submitted."""
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _copied(*contexts: ExecutionContext) -> int:
+    figures = [context.memory_stats() for context in contexts]
+    ways = ("evicted_bytes.copied_out", "evicted_bytes.copied_in")
+    return sum(each[way] for each in figures for way in ways)
+
+
+class Pinned:
+    """Copies between pinned memory and the device, of ``size`` bytes each way."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        empty = partial(torch.empty, size, dtype=torch.uint8)
+        self._host = [empty(pin_memory=CUDA).fill_(1) for _ in range(2)]
+        self._device = [empty(device=DEVICE).fill_(1) for _ in range(2)]
+        self._streams = [torch.cuda.Stream() for _ in range(2)] if CUDA else []
+
+    def time(self, timings: Timings) -> None:
+        """Copy out, in, and both at once."""
+        out = partial(self._host[0].copy_, self._device[0], non_blocking=True)
+        in_ = partial(self._device[1].copy_, self._host[1], non_blocking=True)
+        for what, copies in ((PINNED_OUT, [out]), (PINNED_IN, [in_]), (PINNED_BOTH, [out, in_])):
+            start = _now()
+            self._at_once(copies)
+            timings.add(what, Turn(_now() - start, len(copies) * self._size))
+
+    def _at_once(self, copies: list[Callable[[], torch.Tensor]]) -> None:
+        if CUDA:
+            for copy, stream in zip(copies, self._streams, strict=False):
+                with torch.cuda.stream(stream):
+                    copy()
+            return
+        threads = [threading.Thread(target=copy) for copy in copies]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
+# What is timed ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _device(size: int, *names: str) -> Iterator[list[ExecutionContext]]:
+    """A new device with room for little more than ``size`` bytes, and contexts that may have it."""
+    capacity = (size + size // 8) // GRANULARITY * GRANULARITY
+    pgk.initialize(device=DEVICE, total_vram=capacity, host_backup=3 * capacity)
+    try:
+        yield [pgk.create_context(name, capacity) for name in names]
+    finally:
+        for context in pgk.list_contexts():
+            context.destroy()
+        pgk.shutdown()
+
+
+def _copied_by_torch(make: Make, timings: Timings) -> None:
+    with torch.device(DEVICE):
+        tensors = make()
+    for _ in range(FIRST_TIMES):
+        start = _now()
+        host = [tensor.to("cpu", copy=True) for tensor in tensors]
+        timings.add(".cpu()", Turn(_now() - start, timings.size))
+        tensors.clear()
+        start = _now()
+        tensors = [tensor.to(DEVICE, copy=True) for tensor in host]
+        timings.add(".cuda()", Turn(_now() - start, timings.size))
+    tensors.clear()
+    if CUDA:
+        torch.cuda.empty_cache()
+
+
+def _for_the_first_time(make: Make, timings: Timings) -> None:
+    for _ in range(FIRST_TIMES):
+        # Its budget fits: nobody expects it to be evicted.
+        with _device(timings.size, "a") as (context,):
+            tensors = _made(make, context)
+            if pgk.stats().host_reserved:
+                raise RuntimeError("the host pool is not cold")
+            timings.out("first out, cold pool", context)
+            timings.enter("in, after that", "", context, tensors)
+            tensors.clear()
+        # On the host device nothing is made ahead.
+        if CUDA:
+            with _device(timings.size, "a", "b") as (context, _):
+                tensors = _made(make, context)
+                _wait_for_host_pool()
+                timings.out("first out, pool made ahead", context)
+                tensors.clear()
+
+
+def _wait_for_host_pool() -> None:
+    before = -1
+    while (made := pgk.stats().host_reserved) != before:
+        before = made
+        time.sleep(0.3)
+
+
+def _again_and_again(make: Make, timings: Timings, pinned: Pinned, repetitions: int) -> None:
+    with _device(timings.size, "a", "b") as (a, b):
+        x = _made(make, a)
+        a.evict()
+        _wait_for_host_pool()
+        with context_session(a):
+            pass
+        for _ in range(repetitions):
+            pinned.time(timings)
+            _change(a, x)
+            timings.out("out, changed", a)
+            timings.enter("in", "to first kernel, evicted", a, x)
+            timings.enter("", "to first kernel, resident", a, x)
+            timings.out("out, unchanged", a)
+            timings.enter("in", "to first kernel, evicted", a, x)
+        y = _made(make, b)
+        for _ in range(repetitions):
+            _change(b, y)
+            for what, context in (("changed", a), ("unchanged", b)):
+                copied = _copied(a, b)
+                start = _now()
+                with context_session(context):
+                    seconds = time.perf_counter() - start
+                copied = _copied(a, b) - copied
+                timings.add(f"A out, B in, {what}", Turn(seconds, copied, copied))
+        x.clear()
+        y.clear()
+
+
+def _peer(timings: Timings, repetitions: int) -> str:
+    """Time torch_memory_saver; what to say of it."""
+    version = memory_saver.installed()
+    if version is None or not CUDA:
+        return "not installed" if CUDA else "needs a GPU"
+    for retained, name in ((False, ""), (True, " retained")):
+        try:
+            times = memory_saver.seconds(timings.size, repetitions, retained)
+        except RuntimeError as error:
+            return f"{version}{name}: {error}"
+        for way, values in times.items():
+            for seconds in values:
+                timings.add(f"torch_memory_saver{name}, {way}", Turn(seconds, timings.size))
+    return version
+
+
+def _beside_an_eviction(make: Make, size: int, repetitions: int) -> list[dict[str, Any]]:
+    """Pairs of allocate + free in a session, while another context is evicted and while not."""
+    time_each = partial(load_loop().time_each_current, CUDA, PAIR_BYTES, PAIRS, LIVE)
+    percentiles: dict[tuple[str, int], list[float]] = defaultdict(list)
+    with _device(size + size // 4, "large", "small") as (large, small):
+        tensors = _made(make, large)
+        large.evict()
+        for _ in range(repetitions):
+            _change(large, tensors)
+            _now()
+            with _sampled(time_each, small) as chunks:
+                time.sleep(0.1)
+                marks = [time.perf_counter() - 0.09, time.perf_counter()]
+                large.evict()
+                marks.append(time.perf_counter())
+            for name, (begin, end) in zip((ALONE, BESIDE), pairwise(marks), strict=True):
+                pairs = [
+                    pair
+                    for start, stop, each in chunks
+                    if stop > begin and start < end
+                    for pair in each
+                ]
+                cuts = statistics.quantiles(pairs, n=100)
+                percentiles[name, 50].append(cuts[49])
+                percentiles[name, 99].append(cuts[98])
+        tensors.clear()
+    return [
+        {
+            "tensors": "",
+            "what": f"pair p{percent}, {key}",
+            **_spread(percentiles[key, percent], "ns"),
+            "GiB": moved / GB,
+            "GiB copied": moved / GB,
+            "GiB/s": "",
+            "GB/s": "",
+            "ratio": statistics.median(percentiles[key, percent])
+            / statistics.median(percentiles[ALONE, percent]),
+            "to": "alone",
+        }
+        for percent in (50, 99)
+        for key, moved in ((ALONE, 0), (BESIDE, size))
+    ]
+
+
+@contextmanager
+def _sampled(
+    time_each: Callable[[], list[float]], context: ExecutionContext
+) -> Iterator[list[tuple[float, float, list[float]]]]:
+    """Pairs of another thread in a session of the context: begin, end, nanoseconds of each."""
+    chunks: list[tuple[float, float, list[float]]] = []
+    over = threading.Event()
+
+    def work() -> None:
+        with context_session(context):
+            while not over.is_set():
+                start = time.perf_counter()
+                each = time_each()
+                chunks.append((start, time.perf_counter(), each))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield chunks
+    finally:
+        over.set()
+        thread.join()
