@@ -23,7 +23,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -36,41 +35,28 @@ from benchmarks import memory_saver
 from benchmarks.alloc import LIVE, load_loop
 from benchmarks.generate import llama_config
 from benchmarks.report import Report
+from benchmarks.timings import (
+    CUDA,
+    DEVICE,
+    PINNED_BOTH,
+    PINNED_IN,
+    PINNED_OUT,
+    Tensors,
+    Timings,
+    Turn,
+    copied_bytes,
+    now,
+    spread,
+)
 from pygpukit_torch import GB, KB, MB, ExecutionContext, context_session
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
 FIRST_TIMES = 3  # more of them say little, and each needs a new device
 GRANULARITY = 2 * MB  # of a capacity
 PAIR_BYTES = 64 * KB
 PAIRS = 2_000  # between two looks at the clock
 
 ALONE, BESIDE = "alone", "while evicting"
-PINNED_OUT, PINNED_IN, PINNED_BOTH = "pinned out", "pinned in", "pinned both ways"
-# What is timed, and what it is compared with.
-AGAINST = {
-    PINNED_OUT: "",
-    PINNED_IN: "",
-    PINNED_BOTH: "",
-    ".cpu()": PINNED_OUT,
-    ".cuda()": PINNED_IN,
-    "torch_memory_saver, out": PINNED_OUT,
-    "torch_memory_saver, in": PINNED_IN,
-    "torch_memory_saver retained, out": PINNED_OUT,
-    "torch_memory_saver retained, in": PINNED_IN,
-    "first out, cold pool": PINNED_OUT,
-    "in, after that": PINNED_IN,
-    "first out, pool made ahead": PINNED_OUT,
-    "out, changed": PINNED_OUT,
-    "out, unchanged": PINNED_OUT,
-    "in": PINNED_IN,
-    "to first kernel, evicted": PINNED_IN,
-    "to first kernel, resident": "",
-    "A out, B in, changed": PINNED_BOTH,
-    "A out, B in, unchanged": PINNED_IN,
-}
 
-Tensors = list[torch.Tensor]
 Make = Callable[[], Tensors]
 
 
@@ -143,104 +129,7 @@ def _change(context: ExecutionContext, tensors: Tensors) -> None:
             tensor.neg_()
 
 
-# Timing -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One turn: how long it took for how many bytes, and how many were copied (None: all)."""
-
-    seconds: float
-    moved: int
-    copied: int | None = None
-
-
-class Timings:
-    """What one set of tensors took, by the names of ``AGAINST``. ``size``: its bytes."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._turns: dict[str, list[Turn]] = defaultdict(list)
-
-    def add(self, what: str, turn: Turn) -> None:
-        """Keep one turn."""
-        self._turns[what].append(turn)
-
-    def out(self, what: str, context: ExecutionContext) -> None:
-        """Evict it, and keep what that took."""
-        copied = _copied(context)
-        start = _now()
-        context.evict()
-        seconds = time.perf_counter() - start
-        if context.usage().reserved:
-            raise RuntimeError(f"{context!r} still holds pages")
-        self.add(what, Turn(seconds, self.size, _copied(context) - copied))
-
-    def enter(self, what: str, kernel: str, context: ExecutionContext, x: Tensors) -> None:
-        """Enter it, and keep what that took, and also what it took with a kernel that reads ``x``.
-
-        Either only if it has a name.
-        """
-        # Outside of the context, whose pages are to stay as they are.
-        result = torch.empty(1024, dtype=x[0].dtype, device=DEVICE)
-        copied = _copied(context)
-        start = _now()
-        with context_session(context):
-            entered = time.perf_counter() - start
-            torch.neg(x[0].view(-1)[:1024], out=result)
-            context.stream.synchronize()
-            done = time.perf_counter() - start
-        copied = _copied(context) - copied
-        # A resident one moves nothing.
-        moved = self.size if copied else 0
-        if what:
-            self.add(what, Turn(entered, moved, copied))
-        if kernel:
-            self.add(kernel, Turn(done, moved, copied))
-
-    def rows(self, name: str) -> list[dict[str, Any]]:
-        """Return a row for everything that was timed."""
-        return [self._row(name, what) for what in AGAINST if self._turns[what]]
-
-    def _rate(self, what: str) -> float:
-        return statistics.median(turn.moved / turn.seconds for turn in self._turns[what])
-
-    def _row(self, name: str, what: str) -> dict[str, Any]:
-        turns = self._turns[what]
-        moved = statistics.median(turn.moved for turn in turns)
-        copied = statistics.median(
-            turn.moved if turn.copied is None else turn.copied for turn in turns
-        )
-        other = AGAINST[what]
-        return {
-            "tensors": name,
-            "what": what,
-            **_spread([1e3 * turn.seconds for turn in turns], "ms"),
-            "GiB": moved / GB,
-            "GiB copied": copied / GB,
-            "GiB/s": self._rate(what) / GB if moved else "",
-            "GB/s": self._rate(what) / 1e9 if moved else "",
-            "ratio": self._rate(what) / self._rate(other) if other else "",
-            "to": other,
-        }
-
-
-def _spread(values: list[float], unit: str) -> dict[str, Any]:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"time": middle, "unit": unit, "quartiles": f"{low:.3g}-{high:.3g}"}
-
-
-def _now() -> float:
-    """The time, once the device has done all that was submitted."""
-    if CUDA:
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def _copied(*contexts: ExecutionContext) -> int:
-    figures = [context.memory_stats() for context in contexts]
-    ways = ("evicted_bytes.copied_out", "evicted_bytes.copied_in")
-    return sum(each[way] for each in figures for way in ways)
+# Pinned copies ---------------------------------------------------------------------------------
 
 
 class Pinned:
@@ -258,9 +147,9 @@ class Pinned:
         out = partial(self._host[0].copy_, self._device[0], non_blocking=True)
         in_ = partial(self._device[1].copy_, self._host[1], non_blocking=True)
         for what, copies in ((PINNED_OUT, [out]), (PINNED_IN, [in_]), (PINNED_BOTH, [out, in_])):
-            start = _now()
+            start = now()
             self._at_once(copies)
-            timings.add(what, Turn(_now() - start, len(copies) * self._size))
+            timings.add(what, Turn(now() - start, len(copies) * self._size))
 
     def _at_once(self, copies: list[Callable[[], torch.Tensor]]) -> None:
         if CUDA:
@@ -295,13 +184,13 @@ def _copied_by_torch(make: Make, timings: Timings) -> None:
     with torch.device(DEVICE):
         tensors = make()
     for _ in range(FIRST_TIMES):
-        start = _now()
+        start = now()
         host = [tensor.to("cpu", copy=True) for tensor in tensors]
-        timings.add(".cpu()", Turn(_now() - start, timings.size))
+        timings.add(".cpu()", Turn(now() - start, timings.size))
         tensors.clear()
-        start = _now()
+        start = now()
         tensors = [tensor.to(DEVICE, copy=True) for tensor in host]
-        timings.add(".cuda()", Turn(_now() - start, timings.size))
+        timings.add(".cuda()", Turn(now() - start, timings.size))
     tensors.clear()
     if CUDA:
         torch.cuda.empty_cache()
@@ -352,11 +241,11 @@ def _again_and_again(make: Make, timings: Timings, pinned: Pinned, repetitions: 
         for _ in range(repetitions):
             _change(b, y)
             for what, context in (("changed", a), ("unchanged", b)):
-                copied = _copied(a, b)
-                start = _now()
+                copied = copied_bytes(a, b)
+                start = now()
                 with context_session(context):
                     seconds = time.perf_counter() - start
-                copied = _copied(a, b) - copied
+                copied = copied_bytes(a, b) - copied
                 timings.add(f"A out, B in, {what}", Turn(seconds, copied, copied))
         x.clear()
         y.clear()
@@ -387,7 +276,7 @@ def _beside_an_eviction(make: Make, size: int, repetitions: int) -> list[dict[st
         large.evict()
         for _ in range(repetitions):
             _change(large, tensors)
-            _now()
+            now()
             with _sampled(time_each, small) as chunks:
                 time.sleep(0.1)
                 marks = [time.perf_counter() - 0.09, time.perf_counter()]
@@ -408,7 +297,7 @@ def _beside_an_eviction(make: Make, size: int, repetitions: int) -> list[dict[st
         {
             "tensors": "",
             "what": f"pair p{percent}, {key}",
-            **_spread(percentiles[key, percent], "ns"),
+            **spread(percentiles[key, percent], "ns"),
             "GiB": moved / GB,
             "GiB copied": moved / GB,
             "GiB/s": "",
