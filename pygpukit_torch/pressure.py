@@ -1,6 +1,7 @@
 """Handlers that are asked before a request beyond its context's base has others evicted."""
 
 import logging
+import signal
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -39,25 +40,22 @@ class PressureHandlers:
         manager: native.Manager,
         find: Callable[[native.Context], "ExecutionContext | None"],
     ) -> None:
-        self._manager = manager
         self._find = find
         self._lock = threading.Lock()
         self._handlers: tuple[PressureHandler, ...] = ()
+        manager.set_pressure_handler(self._ask)
 
     def add(self, function: Handler) -> PressureHandler:
         """Register a function."""
         handler = PressureHandler(self, function)
         with self._lock:
             self._handlers += (handler,)
-            self._manager.set_pressure_handler(self._ask)
         return handler
 
     def discard(self, handler: PressureHandler) -> None:
         """Take one out, if it is there."""
         with self._lock:
             self._handlers = tuple(other for other in self._handlers if other is not handler)
-            if not self._handlers:
-                self._manager.set_pressure_handler(None)
 
     def _ask(self, handle: native.Context, requested: int, available: int) -> bool:
         context = self._find(handle)
@@ -72,7 +70,9 @@ def _allows(
 ) -> bool:
     try:
         return bool(handler(context, requested, available))
-    except Exception:
+    except BaseException as error:
         # It must not get into whoever allocates.
         _log.exception("a memory pressure handler failed, which counts as a refusal")
+        if isinstance(error, KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
         return False

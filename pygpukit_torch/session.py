@@ -266,7 +266,11 @@ class ContextSession(native.BoundSession):
             SessionError: no asyncio event loop runs in this thread.
         """
         loop = event_loop.running_loop()
-        hold = native.Hold(self.context._native)
+        handle = self.context._native
+        if not handle.is_ready:
+            job = native.Job.begin_session(handle)
+            await event_loop.finish(job)
+        hold = native.Hold(handle)
         variables = contextvars.copy_context()
 
         def call() -> R:

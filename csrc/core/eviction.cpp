@@ -14,10 +14,12 @@ bool may_be_evicted(const Claim& claim, const Holder& holder) {
 
 }  // namespace
 
-std::size_t evictable_bytes(const Claim& claim, const std::vector<Holder>& holders) {
+std::size_t evictable_bytes(const Claim& claim, const std::vector<Holder>& holders,
+                            std::size_t limit) {
   std::size_t bytes = 0;
   for (const Holder& holder : holders) {
-    if (may_be_evicted(claim, holder)) bytes += holder.spare;
+    if (!may_be_evicted(claim, holder)) continue;
+    bytes += std::min(holder.spare, (limit - bytes) / holder.page * holder.page);
   }
   return bytes;
 }

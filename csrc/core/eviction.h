@@ -37,7 +37,8 @@ struct Eviction {
 // all of that would not suffice.
 std::vector<Eviction> plan_eviction(const Claim& claim, std::vector<Holder> holders);
 
-// What plan_eviction() can reach at the most.
-std::size_t evictable_bytes(const Claim& claim, const std::vector<Holder>& holders);
+// What plan_eviction() can reach at the most, where only `limit` bytes may be evicted.
+std::size_t evictable_bytes(const Claim& claim, const std::vector<Holder>& holders,
+                            std::size_t limit = SIZE_MAX);
 
 }  // namespace pgk

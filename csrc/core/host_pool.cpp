@@ -1,6 +1,7 @@
 #include "core/host_pool.h"
 
 #include <algorithm>
+#include <memory>
 #include <utility>
 
 #include "core/error.h"
@@ -150,6 +151,8 @@ void HostPool::make_ahead() {
 void HostPool::forget_in_child() {
   if (thread_.joinable()) thread_.detach();
   shelves_.clear();
+  // The thread that waits there does not exist here, and a destructor would wait for it.
+  std::construct_at(&changed_);
 }
 
 std::size_t HostPool::existing_bytes() const {

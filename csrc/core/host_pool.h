@@ -61,7 +61,7 @@ class HostPool {
   std::map<std::size_t, Shelf> shelves_;
   std::size_t existing_bytes_ = 0;
   std::size_t making_bytes_ = 0;  // of these, what the device has not made yet
-  bool behind_ = false;  // there is something to be made ahead
+  bool behind_ = false;           // there is something to be made ahead
   bool ends_ = false;
   std::thread thread_;
 };

@@ -126,7 +126,7 @@ std::size_t Ledger::lent() const {
 }
 
 std::size_t Ledger::evictable(bool of_loans) const {
-  return less(host_limit_, evicted_ + (of_loans ? 0 : lent()));
+  return less(host_limit_, evicted_ + moving_ + (of_loans ? 0 : lent()));
 }
 
 std::size_t Ledger::spare(Id holder, Id id) const {
@@ -192,6 +192,11 @@ void Ledger::refund_evicted(Id id, std::size_t bytes) {
   Account changed = account;
   changed.evicted -= bytes;
   replace(account, changed);
+}
+
+void Ledger::reserve_host(std::size_t bytes) {
+  if (bytes > evictable(true)) refuse_refund(bytes, evictable(true), "host memory");
+  moving_ += bytes;
 }
 
 void Ledger::check_invariants() const {

@@ -55,6 +55,11 @@ class Ledger {
   void evict(Id id, std::size_t bytes);
   void refund_evicted(Id id, std::size_t bytes);
 
+  // Host memory of pages that are on their way, either way. Throws ErrorCode::invalid_value if that
+  // exceeds what is evictable(true).
+  void reserve_host(std::size_t bytes);
+  void release_host(std::size_t bytes) { moving_ -= bytes; }
+
   // Bytes that charge() would accept now.
   std::size_t room(Id id) const;
   // Bytes that restore() would accept now.
@@ -95,6 +100,7 @@ class Ledger {
   std::size_t committed_ = 0;
   std::size_t resident_ = 0;
   std::size_t evicted_ = 0;
+  std::size_t moving_ = 0;
   Id next_ = 1;
   std::map<Id, Account> accounts_;
 };

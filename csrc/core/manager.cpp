@@ -225,7 +225,7 @@ void Manager::destroy_context(Context& context) {
   orphans_.push_back(std::move(*it));
   contexts_.erase(it);
   collect_orphans();
-  pool_.trim(promised());
+  trim_pool();
   aim_host_pool();
 }
 

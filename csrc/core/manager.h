@@ -191,6 +191,7 @@ class Manager : public std::enable_shared_from_this<Manager> {
   void collect_orphans();
   std::size_t unfilled_pages(const Context& context, std::size_t base) const;
   HandlePool::Keep promised() const;
+  void trim_pool();
   HandlePool::Keep promised_to_others(const Context& claimant) const;
   HandlePool::Keep not_lent_to(const Context& claimant) const;
   void aim_host_pool();
@@ -215,8 +216,9 @@ class Manager : public std::enable_shared_from_this<Manager> {
   void quiesce(const std::vector<StreamId>& streams);
   void take_host_memory(Round& round);
   void settle(Round& round, std::uint64_t nanoseconds);
-  void drop_backups(std::size_t bytes);
+  std::size_t drop_backups(std::size_t bytes);
   bool make_room(const Need& need, std::string& why);
+  void* explained(const Need& need, std::string& why);
   bool await_others(Lock& lock, const Need& need, Stopped& victims);
   bool may_try_again(const Need& need, const Round& round, const std::optional<Error>& failure,
                      Stopped& victims, std::string& why);

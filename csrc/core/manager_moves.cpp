@@ -24,6 +24,7 @@ Manager::Stopped::~Stopped() {
     if (--context->waiting_ == 0) context->sessions_.fetch_and(~Context::kYields);
   }
   let_go();
+  manager_.moved_.notify_all();
 }
 
 void Manager::Stopped::have_yield(Context& context) {
@@ -41,6 +42,7 @@ bool Manager::Stopped::contains(const Context& context) const {
 }
 
 bool Manager::Stopped::stop(Context& context, bool even_if_used) {
+  contexts_.reserve(contexts_.size() + 1);
   std::uint32_t sessions = context.sessions_.load(std::memory_order_acquire);
   do {
     const bool is_used = (sessions & Context::kCount) != 0;
@@ -56,6 +58,7 @@ bool Manager::Stopped::stop(Context& context, bool even_if_used) {
 }
 
 void Manager::Stopped::let_go() {
+  if (contexts_.empty()) return;
   manager_.stopped_contexts_ -= contexts_.size();
   manager_.stopped_victims_ -= victims_ ? contexts_.size() : 0;
   bool orphans = false;
@@ -85,7 +88,7 @@ bool Manager::choose_outs(const std::vector<Eviction>& plan, Stopped& stopped, R
     if (round.outs_left() == 0) break;
     Context& context = *find(eviction.id);
     if (eviction.active && !device_->properties().can_hold) {
-      round.in_use = &context;
+      round.in_use = context.shared_from_this();
       break;
     }
     const bool is_new = !stopped.contains(context);
@@ -128,9 +131,10 @@ void Manager::add_outs(Context& context, std::size_t count, Round& round) {
     if (page.backup) {
       // Nobody else may drop it meanwhile.
       moving.move.to = *std::exchange(page.backup, std::nullopt);
-      moving.move.known = page.contents;
+      moving.move.known = std::exchange(page.contents, std::nullopt);
       moving.had_backup = true;
     }
+    ledger_.reserve_host(page.handle.bytes);
     round.pages.push_back(moving);
     ++round.outs;
   }
@@ -144,16 +148,17 @@ std::optional<Error> Manager::choose_ins(Context& context, Round& round) {
   const HandlePool::Keep others = promised_to_others(context);
   const HandlePool::Keep not_lent = not_lent_to(context);
   try {
-    for (const auto& [number, page] : context.pages_) {
+    for (const std::uint32_t number : context.live_evicted_pages()) {
       if (round.ins_left() == 0 || ledger_.restorable(context.id()) < bytes) break;
-      if (!page.handle.on_host) continue;
       Round::Page moving;
       moving.context = &context;
       moving.number = number;
       moving.move.address = context.address_of(number);
-      moving.move.from = page.handle;
+      moving.move.from = context.pages_.at(number).handle;
       moving.move.to = pool_.take(bytes, others, not_lent);
+      // Its place in host memory stays its own until it has come.
       ledger_.restore(context.id(), bytes);
+      ledger_.reserve_host(bytes);
       round.pages.push_back(moving);
     }
   } catch (const Error& error) {
@@ -175,7 +180,7 @@ void Manager::quiesce(const std::vector<StreamId>& streams) {
 }
 
 // Has contexts forget what their pages held when they came back, the least recently used first.
-void Manager::drop_backups(std::size_t bytes) {
+std::size_t Manager::drop_backups(std::size_t bytes) {
   std::vector<Context*> contexts = all();
   std::sort(contexts.begin(), contexts.end(), [](const Context* a, const Context* b) {
     return a->last_use_.load() < b->last_use_.load();
@@ -184,12 +189,13 @@ void Manager::drop_backups(std::size_t bytes) {
   for (Context* context : contexts) {
     const ContextLock lock(context->mutex_);
     for (auto& [number, page] : context->pages_) {
-      if (dropped >= bytes) return;
+      if (dropped >= bytes) return dropped;
       if (!page.backup) continue;
       host_pool_.give_back(*std::exchange(page.backup, std::nullopt));
       dropped += page.handle.bytes;
     }
   }
+  return dropped;
 }
 
 void Manager::take_host_memory(Round& round) {
@@ -197,16 +203,14 @@ void Manager::take_host_memory(Round& round) {
     Move& move = page.move;
     if (move.from.on_host || page.had_backup) continue;
     std::optional<Handle> handle = host_pool_.take(move.from.bytes);
-    if (!handle) {
+    while (!handle) {
       {
         const std::lock_guard lock(mutex_);
-        drop_backups(move.from.bytes);
+        if (drop_backups(move.from.bytes) == 0) {
+          throw Error(ErrorCode::out_of_memory, host_memory_is_full());
+        }
       }
       handle = host_pool_.take(move.from.bytes);
-    }
-    if (!handle) {
-      const std::lock_guard lock(mutex_);
-      throw Error(ErrorCode::out_of_memory, host_memory_is_full());
     }
     move.to = *handle;
   }
@@ -234,6 +238,9 @@ std::optional<Error> Manager::carry_out(Round& round) {
     device_->move(moves, round.held);
   } catch (const Error& error) {
     failure = error;
+  } catch (...) {
+    settle(round, 0);
+    throw;
   }
   settle(round, static_cast<std::uint64_t>((Clock::now() - start).count()));
   return failure;
@@ -250,6 +257,7 @@ void Manager::settle(Round& round, std::uint64_t nanoseconds) {
     Context::Counters& counters = context.counters_;
     counters.move_nanoseconds += nanoseconds / round.pages.size();
     const bool out = !move.from.on_host;
+    ledger_.release_host(bytes);
     if (move.done) {
       page.handle = move.to;
       page.backup.reset();
@@ -261,9 +269,8 @@ void Manager::settle(Round& round, std::uint64_t nanoseconds) {
       ++context.evicted_pages_;
       (move.copied ? counters.bytes_out : counters.pages_unchanged) += move.copied ? bytes : 1;
       if (!is_used(context)) context.consumers_.clear();
-    } else if (out && moved.had_backup) {
-      page.backup = move.to;
     } else if (out) {
+      // A backup may have been written to: it holds nothing that is known.
       if (move.to.bytes != 0) host_pool_.give_back(move.to);
     } else if (move.done) {
       --context.evicted_pages_;

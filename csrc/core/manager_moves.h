@@ -59,10 +59,11 @@ struct Manager::Round {
 
   std::vector<Page> pages;
   std::size_t outs = 0;
-  std::vector<StreamId> passing;  // streams whose work must be done first
-  std::vector<StreamId> held;     // streams of a context in use
-  Context* in_use = nullptr;      // it has to yield, and the device cannot make it
+  std::vector<StreamId> passing;    // streams whose work must be done first
+  std::vector<StreamId> held;       // streams of a context in use
+  std::shared_ptr<Context> in_use;  // it has to yield, and the device cannot make it
 
+  Round() { pages.reserve(2 * kMostPages); }
   std::size_t outs_left() const { return kMostPages - outs; }
   std::size_t ins_left() const { return kMostPages - (pages.size() - outs); }
 };

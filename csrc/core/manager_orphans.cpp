@@ -1,5 +1,6 @@
 // The manager's third part: what is left of contexts that are destroyed, and what a fork leaves.
 #include <algorithm>
+#include <memory>
 
 #include "core/address_table.h"
 #include "core/manager.h"
@@ -111,6 +112,8 @@ void Manager::unlock_all() {
 void Manager::detach_in_child() {
   forked_ = true;
   host_pool_.forget_in_child();
+  // Who waits there does not exist here, and a destructor would wait for him.
+  std::construct_at(&moved_);
   for (Context* context : all()) {
     context->state_ = Context::State::forked;
     context->sessions_.fetch_or(Context::kClosed);

@@ -28,6 +28,7 @@ void* Manager::allocate_slow(Context& context, std::size_t bytes, StreamId strea
   for (;;) {
     std::optional<EventId> awaited;
     std::size_t available = 0;
+    bool others_move = false;
     {
       Lock lock(mutex_);
       if (effort != Effort::ready) wait_until_still(lock, context);
@@ -55,6 +56,7 @@ void* Manager::allocate_slow(Context& context, std::size_t bytes, StreamId strea
         const bool is_short = need.room > ledger_.free_for(context.id());
         if (!is_short || need.room > account.max - account.held()) return nullptr;
         available = obtainable(context, need.of_base, standings(&context));
+        others_move = stopped_victims_ > 0;
       }
     }
     if (awaited) {
@@ -65,7 +67,16 @@ void* Manager::allocate_slow(Context& context, std::size_t bytes, StreamId strea
     }
     if (why.empty()) why = "the device is full, and nobody can give way";
     if (effort != Effort::evict) return nullptr;
-    if (!need.of_base && available >= need.room && !std::exchange(is_asked, true)) {
+    if (!need.of_base && !is_asked) {
+      if (available < need.room) {
+        // Not before it is known who can give way.
+        if (!others_move) return explained(need, why);
+        Lock lock(mutex_);
+        if (stopped_victims_ > 0) moved_.wait_until(lock, need.deadline);
+        if (Clock::now() >= need.deadline) return nullptr;
+        continue;
+      }
+      is_asked = true;
       if (!ask(context, bytes, available)) {
         why = "a memory pressure handler refused to have others evicted";
         return nullptr;
@@ -255,7 +266,7 @@ void Manager::unmap_retired(Context& context, Arena::PageRun run) {
       context.pages_.erase(entry);
       if (page.backup) host_pool_.give_back(*page.backup);
       if (page.handle.on_host) {
-        --context.evicted_pages_;
+        if (--context.evicted_pages_ == 0) context.sessions_.fetch_and(~Context::kEvicted);
         ledger_.refund_evicted(context.id(), page_bytes);
         host_pool_.give_back(page.handle);
       } else {
@@ -271,6 +282,7 @@ void Manager::unmap_retired(Context& context, Arena::PageRun run) {
 }
 
 void Manager::collect_retired(Context& context) {
+  if (context.is_moving()) return;
   std::erase_if(context.retired_, [&](const Context::Retired& retired) {
     try {
       if (!device_->is_done(retired.event)) return false;
@@ -306,7 +318,9 @@ std::optional<EventId> Manager::awaited_event(const Context& context, std::uint3
 
 std::optional<EventId> Manager::first_retired() const {
   for (const Context* context : all()) {
-    if (!context->retired_.empty()) return context->retired_.front().event;
+    if (!context->is_moving() && !context->retired_.empty()) {
+      return context->retired_.front().event;
+    }
   }
   return std::nullopt;
 }
@@ -358,40 +372,6 @@ void Manager::reclaim_for_base(std::size_t base, const Context* except) {
             return account.committed() - account.base;
           },
           except);
-}
-
-std::size_t Manager::trim() {
-  std::size_t before = 0;
-  {
-    const std::lock_guard lock(mutex_);
-    require_usable();
-    before = pool_.existing_bytes();
-    for (Context* context : all()) {
-      const ContextLock context_lock(context->mutex_);
-      context->settle_fences();
-      give_up_pages(*context, SIZE_MAX);
-    }
-  }
-  until_settled([this] { return first_retired(); });
-  const std::lock_guard lock(mutex_);
-  collect_orphans();
-  pool_.trim(promised());
-  return before - std::min(before, pool_.existing_bytes());
-}
-
-// Repeats `step`, which runs with the manager's lock, until it returns no event to wait for.
-void Manager::until_settled(const std::function<std::optional<EventId>()>& step) {
-  for (;;) {
-    std::optional<EventId> awaited;
-    {
-      const std::lock_guard lock(mutex_);
-      collect_all_retired();
-      awaited = step();
-    }
-    if (!awaited) return;
-    const Blocking blocking;
-    device_->synchronize_event(*awaited);
-  }
 }
 
 }  // namespace pgk

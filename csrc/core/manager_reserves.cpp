@@ -1,9 +1,15 @@
 // The manager's second part: what is promised, and what is kept ready for it.
 #include <algorithm>
 
+#include "core/blocking.h"
 #include "core/manager.h"
 
 namespace pgk {
+namespace {
+
+using ContextLock = std::lock_guard<SpinLock>;
+
+}  // namespace
 
 // Of the pages that `base` promises, those that the context does not hold: they are in the pool,
 // unless lent.
@@ -41,6 +47,13 @@ HandlePool::Keep Manager::not_lent_to(const Context& claimant) const {
   return keep;
 }
 
+// Handles of other sizes become what is promised before any is released.
+void Manager::trim_pool() {
+  const HandlePool::Keep keep = promised();
+  pool_.even_out(keep);
+  pool_.trim(keep);
+}
+
 void Manager::drop_reservation(Context& context) {
   ledger_.resize(context.id(), ledger_.account(context.id()).max, 0);
 }
@@ -69,6 +82,40 @@ void Manager::aim_host_pool() {
     }
   }
   host_pool_.aim_for(std::move(counts));
+}
+
+std::size_t Manager::trim() {
+  std::size_t before = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    require_usable();
+    before = pool_.existing_bytes();
+    for (Context* context : all()) {
+      const ContextLock context_lock(context->mutex_);
+      context->settle_fences();
+      give_up_pages(*context, SIZE_MAX);
+    }
+  }
+  until_settled([this] { return first_retired(); });
+  const std::lock_guard lock(mutex_);
+  collect_orphans();
+  trim_pool();
+  return before - std::min(before, pool_.existing_bytes());
+}
+
+// Repeats `step`, which runs with the manager's lock, until it returns no event to wait for.
+void Manager::until_settled(const std::function<std::optional<EventId>()>& step) {
+  for (;;) {
+    std::optional<EventId> awaited;
+    {
+      const std::lock_guard lock(mutex_);
+      collect_all_retired();
+      awaited = step();
+    }
+    if (!awaited) return;
+    const Blocking blocking;
+    device_->synchronize_event(*awaited);
+  }
 }
 
 }  // namespace pgk

@@ -81,8 +81,8 @@ Manager::Survey Manager::survey(const Context* claimant,
 std::size_t Manager::obtainable(const Context& claimant, bool of_base,
                                 const std::vector<Standing>& standings) const {
   const Survey others = survey(&claimant, standings);
-  const std::size_t live = std::min(ledger_.evictable(of_base),
-                                    evictable_bytes({claimant.tier(), of_base, 0}, others.holders));
+  const std::size_t live =
+      evictable_bytes({claimant.tier(), of_base, 0}, others.holders, ledger_.evictable(of_base));
   const std::size_t free = ledger_.free_for(claimant.id()) + others.cached + live;
   // What others hold of the claimant's own comes first.
   const std::size_t overdrawn = ledger_.shortage(claimant.id(), 0);
@@ -93,8 +93,10 @@ std::size_t Manager::obtainable(const Context& claimant, bool of_base,
 // Asking -----------------------------------------------------------------------------------------
 
 void Manager::set_pressure_handler(PressureHandler handler) {
+  auto next = handler ? std::make_shared<PressureHandler>(std::move(handler)) : nullptr;
+  // The old one may be Python's: it goes after the lock.
   const std::lock_guard lock(mutex_);
-  pressure_handler_ = handler ? std::make_shared<PressureHandler>(std::move(handler)) : nullptr;
+  pressure_handler_.swap(next);
 }
 
 bool Manager::ask(Context& context, std::size_t bytes, std::size_t available) {
@@ -116,7 +118,7 @@ std::size_t Manager::missing_of(const Need& need) {
     refresh_outside();
     return ledger_.shortage(need.claimant->id(), need.room);
   }
-  pool_.trim(promised());
+  trim_pool();
   return need.room - std::min(need.room, device_->free_bytes());
 }
 
@@ -127,7 +129,9 @@ std::vector<Eviction> Manager::plan(const Need& need, std::size_t missing, const
   std::vector<Eviction> plan = plan_eviction({need.tier(), need.of_base, missing}, others.holders);
   const bool is_allowed =
       need.claimant == nullptr || need.room <= ledger_.allowance(need.claimant->id());
-  if (!plan.empty() && (!is_allowed || missing > ledger_.evictable(need.of_base))) {
+  std::size_t bytes = 0;
+  for (const Eviction& eviction : plan) bytes += eviction.bytes;
+  if (!plan.empty() && (!is_allowed || bytes > ledger_.evictable(need.of_base))) {
     why = host_memory_is_full();
     plan.clear();
   }
@@ -160,7 +164,7 @@ bool Manager::may_try_again(const Need& need, const Round& round,
     return false;
   }
   if (Clock::now() >= need.deadline) {
-    const Context* in_use = round.in_use;
+    const Context* in_use = round.in_use.get();
     if (in_use == nullptr && !round.pages.empty()) in_use = round.pages.front().context;
     const auto seconds =
         std::chrono::duration_cast<std::chrono::milliseconds>(claim_timeout_).count();
@@ -171,7 +175,7 @@ bool Manager::may_try_again(const Need& need, const Round& round,
   }
   {
     const std::lock_guard lock(mutex_);
-    if (round.in_use != nullptr) victims.have_yield(*round.in_use);
+    if (round.in_use) victims.have_yield(*round.in_use);
     victims.let_go();
   }
   std::this_thread::sleep_for(kLookAgain);
@@ -201,10 +205,18 @@ bool Manager::make_room(const Need& need, std::string& why) {
     } else {
       settle(round, 0);
     }
-    const bool is_progress = !failure && is_chosen && round.in_use == nullptr;
+    const bool is_progress = !failure && is_chosen && !round.in_use;
     if (!is_progress && is_chosen && !may_try_again(need, round, failure, victims, why))
       return false;
   }
+}
+
+// Nothing, with the reason why nobody can give way.
+void* Manager::explained(const Need& need, std::string& why) {
+  const std::lock_guard lock(mutex_);
+  const Stopped none(*this, /*victims=*/true);
+  plan(need, missing_of(need), none, why);
+  return nullptr;
 }
 
 bool Manager::give_way(std::size_t bytes) {
@@ -228,13 +240,19 @@ void Manager::admit(Context& context, bool keeps_active) {
       });
       require_open(context);
       if (context.try_begin_session(keeps_active)) return;
-      if (context.evicted_pages_ > 0 && self.stop(context)) break;
+      {
+        // What is free there need not come back.
+        const ContextLock context_lock(context.mutex_);
+        give_up_pages(context, SIZE_MAX);
+      }
+      if (self.stop(context)) break;
     }
   }
   bring_back(context);
   const std::lock_guard lock(mutex_);
   require_open(context);
   if (keeps_active) context.sessions_.fetch_add(1, std::memory_order_acq_rel);
+  context.last_use_.store(Context::next_use(), std::memory_order_relaxed);
   self.let_go();
 }
 
@@ -252,10 +270,13 @@ void Manager::bring_back(Context& context) {
     bool is_possible = true;
     {
       Lock lock(mutex_);
-      if (context.evicted_pages_ == 0) return;
       const Ledger::Account& account = ledger_.account(context.id());
-      need.room = account.evicted;
-      need.of_base = account.held() <= account.base;
+      {
+        const ContextLock context_lock(context.mutex_);
+        need.room = context.live_evicted_pages().size() * context.page_bytes();
+      }
+      if (need.room == 0) return;
+      need.of_base = account.resident + need.room <= account.base;
       std::size_t missing = missing_of(need);
       if (missing > 0 &&
           obtainable(context, need.of_base, standings(&context, &victims)) >= need.room) {

@@ -200,8 +200,8 @@ void Manager::check_invariants() const {
     require(context->device_pages() * arena.page_bytes() == account.resident,
             "the ledger holds what the arena has");
     const bool is_flagged = (context->sessions_.load() & Context::kEvicted) != 0;
-    require(evicted_pages == 0 || is_flagged || context->state_ == Context::State::forked,
-            "whoever enters sees that pages are evicted");
+    require((evicted_pages > 0) == is_flagged || context->state_ == Context::State::forked,
+            "whoever enters sees whether pages are evicted");
     require(context->lanes_.size() == arena.lanes(), "every lane has a stream");
     require(arena.used_bytes() <= account.max, "used <= max");
     require(context->state_ == Context::State::orphan || context->manager_of_orphan_ == nullptr,
@@ -213,11 +213,10 @@ void Manager::check_invariants() const {
   require(pool_.existing_bytes() <= ledger_.capacity(), "handles fit the device");
   require(on_host == host_pool_.taken_bytes(), "no host memory is lost");
   require(host_pool_.existing_bytes() <= host_pool_.limit(), "host memory stays within its limit");
-  std::size_t missing = 0;
-  for (const auto& [page, count] : unfilled) {
-    missing += (count - std::min(count, pool_.pooled(page))) * page;
-  }
-  require(missing <= ledger_.lent(), "reservations are physical, but for what is lent");
+  std::size_t promised_bytes = 0;
+  for (const auto& [page, count] : unfilled) promised_bytes += count * page;
+  require(promised_bytes <= pool_.pooled_bytes() + ledger_.lent(),
+          "reservations are physical, but for what is lent");
 }
 
 }  // namespace pgk
