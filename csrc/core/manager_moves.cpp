@@ -269,8 +269,10 @@ void Manager::settle(Round& round, std::uint64_t nanoseconds) {
       ++context.evicted_pages_;
       (move.copied ? counters.bytes_out : counters.pages_unchanged) += move.copied ? bytes : 1;
       if (!is_used(context)) context.consumers_.clear();
+    } else if (out && moved.had_backup && move.known) {
+      page.backup = move.to;
+      page.contents = move.known;
     } else if (out) {
-      // A backup may have been written to: it holds nothing that is known.
       if (move.to.bytes != 0) host_pool_.give_back(move.to);
     } else if (move.done) {
       --context.evicted_pages_;

@@ -67,18 +67,30 @@ void CudaDevice::prepare_moves() {
                                       CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS, ordinal_),
       "cuDeviceGetAttribute");
   if (has_memory_operations == 0) return;
-  host_memory_.type = CU_MEM_ALLOCATION_TYPE_PINNED;
-  for (const auto location : {CU_MEM_LOCATION_TYPE_HOST, CU_MEM_LOCATION_TYPE_HOST_NUMA}) {
-    host_memory_.location.type = location;
+  // Drivers that do not know the question, and machines that have no answer, have a first node.
+  int node = -1;
+  const CUresult known =
+      driver_.cuDeviceGetAttribute_fn(&node, CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID, ordinal_);
+  if (known != CUDA_SUCCESS || node < 0) node = 0;
+  std::vector<CUmemAllocationProp> working;
+  // Memory of one node is created in half the time; the other kind may lie on any node.
+  for (const auto type : {CU_MEM_LOCATION_TYPE_HOST_NUMA, CU_MEM_LOCATION_TYPE_HOST}) {
+    CUmemAllocationProp kind{};
+    kind.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+    kind.location.type = type;
+    kind.location.id = type == CU_MEM_LOCATION_TYPE_HOST_NUMA ? node : 0;
+    host_memory_.assign(1, kind);
     try {
       do_release(do_create_host(properties_.granularity));
-      mover_ = std::make_unique<CudaMover>(driver_, context_, ordinal_, mappings_);
-      properties_.can_move = properties_.can_hold = true;
-      return;
+      working.push_back(kind);
     } catch (const Error&) {
-      // The next kind is older; without any, properties() says what does not work.
+      // Not every driver has every kind; without any, properties() says what does not work.
     }
   }
+  host_memory_ = std::move(working);
+  if (host_memory_.empty()) return;
+  mover_ = std::make_unique<CudaMover>(driver_, context_, ordinal_, mappings_);
+  properties_.can_move = properties_.can_hold = true;
 }
 
 // Memory ---------------------------------------------------------------------------------------
@@ -100,7 +112,12 @@ Handle CudaDevice::do_create(std::size_t bytes) {
 Handle CudaDevice::do_create_host(std::size_t bytes) {
   const Scope scope(*this);
   CUmemGenericAllocationHandle memory{};
-  driver_.check(driver_.cuMemCreate_fn(&memory, bytes, &host_memory_, 0), "create_host", bytes);
+  CUresult result = CUDA_ERROR_NOT_SUPPORTED;
+  for (const CUmemAllocationProp& kind : host_memory_) {
+    result = driver_.cuMemCreate_fn(&memory, bytes, &kind, 0);
+    if (result == CUDA_SUCCESS) break;
+  }
+  driver_.check(result, "create_host", bytes);
   const Handle handle{memory, bytes, true};
   try {
     // Here, ahead of its first use: mapping host memory takes time.

@@ -92,7 +92,7 @@ class CudaDevice final : public Device, public std::enable_shared_from_this<Cuda
   CUdevice ordinal_ = 0;
   CUcontext context_ = nullptr;
   CUmemAllocationProp memory_{};
-  CUmemAllocationProp host_memory_{};
+  std::vector<CUmemAllocationProp> host_memory_;  // the first that can be had
   CudaMappings mappings_;
   std::unique_ptr<CudaMover> mover_;  // null where moves are not possible
 

@@ -16,7 +16,8 @@ constexpr unsigned kThreads = 512;
 constexpr unsigned kBlocksPerProcessor = 2;  // with four loads in flight each: 64 KiB a processor
 constexpr std::size_t kVector = 16;
 
-// The sums are zero whenever no kernel runs: the last block to finish takes them.
+// The sums are zero whenever no kernel runs: the last block to finish takes them. There are two
+// sets of them, so that two kernels can run at once.
 constexpr const char* kSource = R"(
 typedef unsigned long long u64;
 
@@ -28,8 +29,8 @@ struct Sum {
   }
 };
 
-__device__ Sum total;
-__device__ unsigned blocks_done;
+__device__ Sum totals[2];
+__device__ unsigned blocks_done[2];
 
 __device__ __forceinline__ u64 key(u64 x) {
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
@@ -53,7 +54,7 @@ __device__ __forceinline__ void add_warp(Sum& sum) {
 }
 
 extern "C" __global__ void fingerprint(const ulonglong2* __restrict__ pairs, u64 count, u64 seed_a,
-                                       u64 seed_b, u64* result) {
+                                       u64 seed_b, u64* result, unsigned set) {
   constexpr int kUnroll = 4;
   const u64 stride = (u64)gridDim.x * blockDim.x;
   u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
@@ -77,14 +78,15 @@ extern "C" __global__ void fingerprint(const ulonglong2* __restrict__ pairs, u64
   add_warp(sum);
   if (threadIdx.x != 0) return;
 
+  Sum& total = totals[set];
   const u64 before = atomicAdd(&total.low, sum.low);
   atomicAdd(&total.high, sum.high + (before + sum.low < before));
   __threadfence();
-  if (atomicAdd(&blocks_done, 1u) != gridDim.x - 1) return;
+  if (atomicAdd(&blocks_done[set], 1u) != gridDim.x - 1) return;
   __threadfence();
   result[0] = atomicExch(&total.low, 0ull);
   result[1] = atomicExch(&total.high, 0ull);
-  blocks_done = 0;
+  blocks_done[set] = 0;
   __threadfence_system();
 }
 )";
@@ -185,11 +187,14 @@ struct Seeds {
   }
 };
 
+// Who computes sums, each in a set of its own.
+enum class Set : unsigned { node, launch };
+
 // What the kernel is called with, in the form that the driver takes.
 class Arguments {
  public:
-  Arguments(Address address, std::size_t bytes, CUdeviceptr result)
-      : pairs_(address), count_(bytes / kVector), result_(result) {}
+  Arguments(Address address, std::size_t bytes, CUdeviceptr result, Set set)
+      : pairs_(address), count_(bytes / kVector), result_(result), set_(set) {}
   Arguments(const Arguments&) = delete;
   Arguments& operator=(const Arguments&) = delete;
 
@@ -200,7 +205,8 @@ class Arguments {
   std::uint64_t count_;
   Seeds seeds_ = Seeds::get();
   CUdeviceptr result_;
-  std::array<void*, 5> pointers_{&pairs_, &count_, &seeds_.a, &seeds_.b, &result_};
+  Set set_;
+  std::array<void*, 6> pointers_{&pairs_, &count_, &seeds_.a, &seeds_.b, &result_, &set_};
 };
 
 }  // namespace
@@ -220,7 +226,7 @@ CudaFingerprint::CudaFingerprint(const CudaDriver& driver, CUdevice ordinal, CUs
     return;
   }
   // The driver loads a kernel when it first runs, which must not be while a stream is held.
-  Arguments nothing(0, 0, scratch);
+  Arguments nothing(0, 0, scratch, Set::launch);
   CUresult result = driver_.cuLaunchKernel_fn(kernel_, blocks_, 1, 1, kThreads, 1, 1, 0, stream,
                                               nothing.data(), nullptr);
   if (result == CUDA_SUCCESS) result = driver_.cuStreamSynchronize_fn(stream);
@@ -238,9 +244,17 @@ bool CudaFingerprint::load(const std::string& code) {
   return driver_.cuModuleGetFunction_fn(&kernel_, module_, "fingerprint") == CUDA_SUCCESS;
 }
 
+void CudaFingerprint::launch(CUstream stream, Address address, std::size_t bytes,
+                             CUdeviceptr result) const {
+  Arguments arguments(address, bytes, result, Set::launch);
+  driver_.check(driver_.cuLaunchKernel_fn(kernel_, blocks_, 1, 1, kThreads, 1, 1, 0, stream,
+                                          arguments.data(), nullptr),
+                "move (fingerprint)", bytes);
+}
+
 CUgraphNode CudaFingerprint::add_to(CUgraph graph, std::span<const CUgraphNode> after,
                                     Address address, std::size_t bytes, CUdeviceptr result) const {
-  Arguments arguments(address, bytes, result);
+  Arguments arguments(address, bytes, result, Set::node);
   CUDA_KERNEL_NODE_PARAMS parameters{};
   parameters.func = kernel_;
   parameters.gridDimX = blocks_;

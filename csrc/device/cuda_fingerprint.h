@@ -33,7 +33,10 @@ class CudaFingerprint {
   // Where there is no NVRTC, or none that knows the device, nothing can be computed.
   bool is_available() const { return kernel_ != nullptr; }
 
-  // A node that writes the fingerprint of the memory to `result`. Nodes must not run at once.
+  // Writes the fingerprint of the memory to `result`, in the order of the stream. What is launched
+  // must not run at once, so always name the same stream.
+  void launch(CUstream stream, Address address, std::size_t bytes, CUdeviceptr result) const;
+  // A node that does the same, also beside what is launched. Nodes must not run at once.
   CUgraphNode add_to(CUgraph graph, std::span<const CUgraphNode> after, Address address,
                      std::size_t bytes, CUdeviceptr result) const;
 

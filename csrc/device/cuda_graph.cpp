@@ -16,8 +16,11 @@ CUstreamBatchMemOpParams write_operation(CUdeviceptr flag, std::uint32_t value) 
 }
 
 std::vector<CUgraphNode> existing(CudaGraph::Nodes nodes) {
-  std::vector<CUgraphNode> result(nodes);
-  std::erase(result, nullptr);
+  std::vector<CUgraphNode> result;
+  for (CUgraphNode node : nodes) {
+    const bool again = std::find(result.begin(), result.end(), node) != result.end();
+    if (node != nullptr && !again) result.push_back(node);
+  }
   return result;
 }
 

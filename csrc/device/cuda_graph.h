@@ -19,7 +19,7 @@ std::array<CUstreamBatchMemOpParams, 2> stop_operations(CUdeviceptr flag, CUdevi
 
 class CudaGraph {
  public:
-  // Null stands for no node.
+  // Null stands for no node; one that is named twice counts once.
   using Nodes = std::initializer_list<CUgraphNode>;
 
   CudaGraph(const CudaDriver& driver, CUcontext context);

@@ -25,10 +25,10 @@
 namespace pgk {
 
 // What the CPU and the device tell each other. It lies in pinned memory, which has the same address
-// for both. Everything holds the number of the last hold that wrote it.
+// for both. Flags hold the number of the last hold that wrote them.
 struct CudaFlags {
-  static constexpr std::size_t kLanes = 2;
-  static constexpr std::size_t kPages = 8;  // of a lane
+  static constexpr std::size_t kLanes = 3;
+  static constexpr std::size_t kPages = 16;  // of a lane
   static constexpr std::size_t kStops = 1024;
 
   alignas(64) std::uint32_t gate;
@@ -36,6 +36,7 @@ struct CudaFlags {
   std::uint32_t finished;             // nothing of the graph runs any more, it waits at the gate
   std::array<std::array<std::uint32_t, kPages>, kLanes> ready;
   alignas(64) std::array<std::array<Fingerprint, kPages>, kLanes> contents;
+  alignas(64) std::array<Fingerprint, kPages> staged;  // what was copied ahead of a hold
   // Of streams, used in turn: a flag may be written long after the hold it was for was given up.
   alignas(64) std::array<std::uint32_t, kStops> stopped;
 

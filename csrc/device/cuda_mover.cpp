@@ -11,18 +11,29 @@
 namespace pgk {
 namespace {
 
-// Pages of one direction that are moved in one hold. At 55 GB/s those of 32 MiB are copied in 5 ms;
-// that the last one is mapped comes on top, so fewer would be slower.
-constexpr std::size_t kBatch = CudaFlags::kPages;
-// The same for pages that only have to be compared: nearly all of the time goes into mapping.
-constexpr std::size_t kCompareBatch = CudaFlags::kPages;
-// Where streams of contexts are held as well, which are at work.
-constexpr std::size_t kHeldBatch = 4;
+constexpr std::size_t kMiB = std::size_t{1} << 20;
 
-template <typename T>
-std::span<T> part(std::span<T> all, std::size_t from, std::size_t count) {
-  from = std::min(from, all.size());
-  return all.subspan(from, std::min(count, all.size() - from));
+// What is moved in one hold: of each direction what is copied in it, in 2.5 ms at 55 GB/s, and of
+// unchanged pages, nearly all of whose time goes into mapping host memory, 0.5 ms per 32 MiB.
+constexpr std::size_t kBatch = 128 * kMiB;
+// Of pages that were copied ahead, where a hold does nothing else: the shorter the better for
+// whoever works on the default stream, and to launch one takes little of its time.
+constexpr std::size_t kCopiedBatch = 64 * kMiB;
+
+// Appends the first pages of the queue: one at least, and others as far as `limit` bytes allow.
+template <typename Queue, typename Lane, typename ToStep>
+void take(Queue& queue, std::size_t limit, Lane& lane, const ToStep& to_step) {
+  std::size_t bytes = 0;
+  while (!queue.empty() && lane.size() < CudaFlags::kPages) {
+    bytes += queue.front()->from.bytes;
+    if (!lane.empty() && bytes > limit) return;
+    lane.push_back(to_step(queue.front()));
+    queue.pop_front();
+  }
+}
+
+bool are_same(const Fingerprint& a, const Fingerprint& b) {
+  return a.low == b.low && a.high == b.high;
 }
 
 std::string hexadecimal(Address address) {
@@ -35,7 +46,11 @@ std::string hexadecimal(Address address) {
 
 CudaMover::CudaMover(const CudaDriver& driver, CUcontext context, CUdevice ordinal,
                      CudaMappings& mappings)
-    : driver_(driver), ordinal_(ordinal), mappings_(mappings), holds_(driver, context) {}
+    : driver_(driver),
+      ordinal_(ordinal),
+      mappings_(mappings),
+      holds_(driver, context),
+      staging_(driver, ordinal, mappings, holds_.flags()) {}
 
 void CudaMover::move(std::span<Move> moves, std::span<const CUstream> held, const Begin& begin) {
   const std::lock_guard lock(mutex_);
@@ -43,102 +58,107 @@ void CudaMover::move(std::span<Move> moves, std::span<const CUstream> held, cons
     fingerprint_.emplace(driver_, ordinal_, holds_.stream(),
                          CudaFlags::address_of(holds_.flags().contents[0][0]));
   }
-  std::vector<Move*> known;
-  std::vector<Move*> outs;
-  std::vector<Move*> ins;
-  outs.reserve(moves.size());
+  // However this ends, nothing may write to handles afterwards.
+  struct Clearing {
+    CudaStaging& staging;
+    ~Clearing() { staging.clear(); }
+  } const clearing{staging_};
+
+  Left left = sort(moves);
+  const bool ahead = held.empty() && fingerprint_->is_available();
+  while (!left.is_empty() || !staging_.is_empty()) {
+    if (ahead) {
+      copy_ahead(left);
+    } else {
+      left.changed.insert(left.changed.end(), left.outs.begin(), left.outs.end());
+      left.outs.clear();
+    }
+    const Batch batch = next_batch(left, !held.empty());
+    if (std::all_of(batch.begin(), batch.end(), [](const Lane& lane) { return lane.empty(); })) {
+      staging_.await_oldest();
+      continue;
+    }
+    carry_out(batch, held, begin);
+    for (const Step& step : batch[kCompared]) {
+      // A page that is written to all the time would never be the same as its copy.
+      if (!step.move->done) (step.copied ? left.changed : left.outs).push_back(step.move);
+    }
+  }
+}
+
+CudaMover::Left CudaMover::sort(std::span<Move> moves) const {
+  Left left;
   for (Move& move : moves) {
     const bool comparable = move.known && fingerprint_->is_available();
-    (!move.to.on_host ? ins : comparable ? known : outs).push_back(&move);
+    (!move.to.on_host ? left.ins : comparable ? left.known : left.outs).push_back(&move);
   }
-  const std::size_t compared = held.empty() ? kCompareBatch : kHeldBatch;
-  for (std::size_t i = 0; i < known.size(); i += compared) {
-    move_unchanged(part(Lane(known), i, compared), held, begin, outs);
-  }
-  const std::size_t copied = held.empty() ? kBatch : kHeldBatch;
-  for (std::size_t i = 0; i < std::max(outs.size(), ins.size()); i += copied) {
-    copy_and_move(part(Lane(outs), i, copied), part(Lane(ins), i, copied), held, begin);
-  }
+  return left;
 }
 
-// `changed` has room for the batch.
-void CudaMover::move_unchanged(Lane batch, std::span<const CUstream> held, const Begin& begin,
-                               std::vector<Move*>& changed) {
-  CudaFlags& flags = holds_.flags();
-  const std::uint32_t number = holds_.next_number();
-  CudaGraph graph(driver_, holds_.context());
-  CUgraphNode last = graph.write({}, CudaFlags::address_of(flags.started), number);
-  for (std::size_t i = 0; i < batch.size(); ++i) {
-    const Move& move = *batch[i];
-    last = fingerprint_->add_to(graph.graph(), {&last, 1}, move.address, move.from.bytes,
-                                CudaFlags::address_of(flags.contents[0][i]));
-    last = graph.write({last}, CudaFlags::address_of(flags.ready[0][i]), number);
-  }
-  graph.stop({last}, CudaFlags::address_of(flags.finished), CudaFlags::address_of(flags.gate),
-             number);
-  run(graph, number, Lanes{batch, Lane{}}, held, [&](Move& move, const Fingerprint& contents) {
-    if (contents.low == move.known->low && contents.high == move.known->high) {
-      remap(move, begin);
-    } else {
-      changed.push_back(&move);
-    }
-  });
-}
-
-void CudaMover::copy_and_move(Lane outs, Lane ins, std::span<const CUstream> held,
-                              const Begin& begin) {
-  CudaFlags& flags = holds_.flags();
-  const Lanes lanes{outs, ins};
-  const auto tells_contents = [&](const Move& move) {
-    return !move.to.on_host && fingerprint_->is_available();
-  };
-  const std::uint32_t number = holds_.next_number();
-  CudaGraph graph(driver_, holds_.context());
-  const CUgraphNode start = graph.write({}, CudaFlags::address_of(flags.started), number);
-  std::array<CUgraphNode, CudaFlags::kLanes> last{};
-  for (std::size_t lane = 0; lane < lanes.size(); ++lane) {
-    CUgraphNode copied = start;
-    for (std::size_t i = 0; i < lanes[lane].size(); ++i) {
-      Move& move = *lanes[lane][i];
-      const Address alias = mappings_.alias_of(move.to);
-      // Flags are a branch of their own, so that one copy follows another.
-      copied = graph.copy({copied}, alias, move.address, move.to.bytes);
-      CUgraphNode ready = copied;
-      if (tells_contents(move)) {
-        const std::array both{copied, last[lane]};
-        ready = fingerprint_->add_to(graph.graph(), std::span(both).first(i == 0 ? 1 : 2), alias,
-                                     move.to.bytes, CudaFlags::address_of(flags.contents[lane][i]));
+void CudaMover::copy_ahead(Left& left) {
+  while (!left.outs.empty()) {
+    Move& next = *left.outs.front();
+    if (staging_.is_full(next.from.bytes)) return;
+    if (!staging_.has_room(next.from.bytes)) {
+      if (!staging_.is_empty()) return;
+      if (!staging_.make_room(next.from.bytes)) {
+        left.changed.insert(left.changed.end(), left.outs.begin(), left.outs.end());
+        left.outs.clear();
+        return;
       }
-      last[lane] = graph.write({ready, ready == copied ? last[lane] : nullptr},
-                               CudaFlags::address_of(flags.ready[lane][i]), number);
     }
+    staging_.add(next, *fingerprint_);
+    left.outs.pop_front();
   }
-  graph.stop({last[0], last[1]}, CudaFlags::address_of(flags.finished),
-             CudaFlags::address_of(flags.gate), number);
-  run(graph, number, lanes, held, [&](Move& move, const Fingerprint& contents) {
-    remap(move, begin);
-    move.copied = true;
-    if (tells_contents(move)) move.contents = contents;
-  });
 }
 
-template <typename OnReady>
-void CudaMover::run(CudaGraph& graph, std::uint32_t number, const Lanes& lanes,
-                    std::span<const CUstream> held, const OnReady& on_ready) {
-  graph.instantiate();
+CudaMover::Batch CudaMover::next_batch(Left& left, bool holds_streams) {
+  Batch batch;
+  const auto copy = [](Move* move) { return Step{move, std::nullopt, true}; };
+  // Beside copies there is time for more.
+  take_copied(batch[kCompared], left.ins.empty() ? kCopiedBatch : kBatch);
+  if (batch[kCompared].empty()) {
+    take(left.known, kBatch, batch[kCompared],
+         [](Move* move) { return Step{move, move->known, false}; });
+  }
+  // Streams that are at work are not stopped for both.
+  if (holds_streams && !batch[kCompared].empty()) return batch;
+  take(left.ins, kBatch, batch[kIn], copy);
+  // Copies ahead of holds would only slow these down.
+  if (left.outs.empty() && staging_.is_empty()) take(left.changed, kBatch, batch[kOut], copy);
+  return batch;
+}
+
+void CudaMover::take_copied(Lane& lane, std::size_t limit) {
+  std::size_t bytes = 0;
+  while (lane.size() < CudaFlags::kPages) {
+    Move* move = staging_.oldest_copied();
+    if (move == nullptr) return;
+    bytes += move->from.bytes;
+    if (!lane.empty() && bytes > limit) return;
+    lane.push_back({move, staging_.fingerprint_of_oldest(), true});
+    staging_.remove_oldest();
+  }
+}
+
+void CudaMover::carry_out(const Batch& batch, std::span<const CUstream> held, const Begin& begin) {
   CudaFlags& flags = holds_.flags();
+  const std::uint32_t number = holds_.next_number();
+  CudaGraph graph(driver_, holds_.context());
+  add_steps(graph, batch, number);
+  graph.instantiate();
   std::array<std::size_t, CudaFlags::kLanes> next{};
   std::size_t left = 0;
-  for (const Lane lane : lanes) left += lane.size();
+  for (const Lane& lane : batch) left += lane.size();
 
   CudaHold hold(holds_, number);
   hold.launch(graph.executable(), held);
   while (left > 0) {
     bool found = false;
-    for (std::size_t lane = 0; lane < lanes.size(); ++lane) {
+    for (std::size_t lane = 0; lane < batch.size(); ++lane) {
       const std::size_t i = next[lane];
-      if (i == lanes[lane].size() || !CudaFlags::holds(flags.ready[lane][i], number)) continue;
-      on_ready(*lanes[lane][i], flags.contents[lane][i]);
+      if (i == batch[lane].size() || !CudaFlags::holds(flags.ready[lane][i], number)) continue;
+      finish(batch[lane][i], flags.contents[lane][i], begin);
       ++next[lane];
       --left;
       found = true;
@@ -149,6 +169,57 @@ void CudaMover::run(CudaGraph& graph, std::uint32_t number, const Lanes& lanes,
       hold.pause();
     }
   }
+}
+
+// Nodes of a lane are one after the other, flags as well: those of a branch beside the copies would
+// be written no sooner than the last copy has ended.
+void CudaMover::add_steps(CudaGraph& graph, const Batch& batch, std::uint32_t number) {
+  CudaFlags& flags = holds_.flags();
+  CUgraphNode compared = graph.write({}, CudaFlags::address_of(flags.started), number);
+  for (std::size_t i = 0; i < batch[kCompared].size(); ++i) {
+    const Move& move = *batch[kCompared][i].move;
+    compared = add_fingerprint(graph, compared, move.address, move.from.bytes,
+                               flags.contents[kCompared][i]);
+    compared = graph.write({compared}, CudaFlags::address_of(flags.ready[kCompared][i]), number);
+  }
+  std::array<CUgraphNode, CudaFlags::kLanes> last{compared, compared, compared};
+  const bool maps_host_memory = !batch[kCompared].empty() || !batch[kOut].empty();
+  for (const Kind lane : {kOut, kIn}) {
+    CUgraphNode& node = last[lane];
+    for (std::size_t i = 0; i < batch[lane].size(); ++i) {
+      Move& move = *batch[lane][i].move;
+      move.known.reset();
+      const Address alias = mappings_.alias_of(move.to);
+      const std::size_t chunk = maps_host_memory ? CudaMappings::kCopyChunk : move.to.bytes;
+      for (std::size_t from = 0; from < move.to.bytes; from += chunk) {
+        node = graph.copy({node}, alias + from, move.address + from,
+                          std::min(chunk, move.to.bytes - from));
+      }
+      if (tells_contents(move)) {
+        node = add_fingerprint(graph, node, alias, move.to.bytes, flags.contents[lane][i]);
+      }
+      node = graph.write({node}, CudaFlags::address_of(flags.ready[lane][i]), number);
+    }
+  }
+  graph.stop({last[kOut], last[kIn]}, CudaFlags::address_of(flags.finished),
+             CudaFlags::address_of(flags.gate), number);
+}
+
+CUgraphNode CudaMover::add_fingerprint(CudaGraph& graph, CUgraphNode after, Address address,
+                                       std::size_t bytes, Fingerprint& result) const {
+  return fingerprint_->add_to(graph.graph(), {&after, 1}, address, bytes,
+                              CudaFlags::address_of(result));
+}
+
+bool CudaMover::tells_contents(const Move& move) const {
+  return !move.to.on_host && fingerprint_->is_available();
+}
+
+void CudaMover::finish(const Step& step, const Fingerprint& contents, const Begin& begin) {
+  if (step.expected && !are_same(*step.expected, contents)) return;
+  remap(*step.move, begin);
+  step.move->copied = step.copied;
+  if (tells_contents(*step.move)) step.move->contents = contents;
 }
 
 void CudaMover::remap(Move& move, const Begin& begin) {

@@ -1,15 +1,18 @@
 // Exchanges the memory behind addresses that may be in use.
 //
 // Between unmap and map a touch of the address would kill the process, and a write between copy and
-// map would be lost. So the copies of a batch of pages are one graph on the default stream, which
-// tells of each page when it is copied and stops at its end: all earlier work is done, none of the
-// later has begun. A page is remapped as soon as it is copied, beside the copies of the next ones,
-// then the stream goes on. From the launch until then one rule holds (cuda_hold.h says why):
-// nothing is submitted, no device memory is allocated, and no lock is taken that another thread
-// could have while it waits for the device.
+// map would be lost. So pages are remapped while the default stream stops at the end of a graph:
+// all earlier work is done, none of the later has begun. The graph contains what has to be in the
+// same place of the stream's order, and tells of each page when that is done. For a page whose
+// contents host memory is known to have had, be it from before or from a copy ahead
+// (cuda_staging.h), that is a comparison; for others it is the copy. A page is remapped at once,
+// beside the copies of the next ones, then the stream goes on. From the launch until then one rule
+// holds (cuda_hold.h says why): nothing is submitted, no device memory is allocated, and no lock is
+// taken that another thread could have while it waits for the device.
 #pragma once
 
 #include <array>
+#include <deque>
 #include <functional>
 #include <mutex>
 #include <optional>
@@ -21,6 +24,7 @@
 #include "device/cuda_graph.h"
 #include "device/cuda_hold.h"
 #include "device/cuda_mappings.h"
+#include "device/cuda_staging.h"
 #include "device/device.h"
 
 namespace pgk {
@@ -39,16 +43,41 @@ class CudaMover {
   void move(std::span<Move> moves, std::span<const CUstream> held, const Begin& begin);
 
  private:
-  // Moves of a batch whose pages become ready in this order; one for each direction.
-  using Lane = std::span<Move* const>;
-  using Lanes = std::array<Lane, CudaFlags::kLanes>;
+  using Queue = std::deque<Move*>;
+  // What is left to do.
+  struct Left {
+    Queue known;    // to be compared with what they say themselves
+    Queue outs;     // to be copied ahead
+    Queue changed;  // to be copied within a hold
+    Queue ins;
 
-  void move_unchanged(Lane batch, std::span<const CUstream> held, const Begin& begin,
-                      std::vector<Move*>& changed);
-  void copy_and_move(Lane outs, Lane ins, std::span<const CUstream> held, const Begin& begin);
-  template <typename OnReady>
-  void run(CudaGraph& graph, std::uint32_t number, const Lanes& lanes,
-           std::span<const CUstream> held, const OnReady& on_ready);
+    bool is_empty() const {
+      return known.empty() && outs.empty() && changed.empty() && ins.empty();
+    }
+  };
+  // A page's part of a hold.
+  struct Step {
+    Move* move = nullptr;
+    // Of what `to` holds: the page is remapped if it has the same, else it is left.
+    std::optional<Fingerprint> expected;
+    bool copied = false;
+  };
+  // Steps that become ready in this order.
+  using Lane = std::vector<Step>;
+  // One for comparisons and one for the copies of each direction.
+  enum Kind : std::size_t { kCompared, kOut, kIn };
+  using Batch = std::array<Lane, CudaFlags::kLanes>;
+
+  Left sort(std::span<Move> moves) const;
+  void copy_ahead(Left& left);
+  Batch next_batch(Left& left, bool holds_streams);
+  void take_copied(Lane& lane, std::size_t limit);
+  void carry_out(const Batch& batch, std::span<const CUstream> held, const Begin& begin);
+  void add_steps(CudaGraph& graph, const Batch& batch, std::uint32_t number);
+  CUgraphNode add_fingerprint(CudaGraph& graph, CUgraphNode after, Address address,
+                              std::size_t bytes, Fingerprint& result) const;
+  bool tells_contents(const Move& move) const;
+  void finish(const Step& step, const Fingerprint& contents, const Begin& begin);
   void remap(Move& move, const Begin& begin);
 
   const CudaDriver& driver_;
@@ -56,6 +85,7 @@ class CudaMover {
   CudaMappings& mappings_;
   std::mutex mutex_;
   CudaHolds holds_;
+  CudaStaging staging_;
   std::optional<CudaFingerprint> fingerprint_;
 };
 

@@ -48,7 +48,7 @@ struct Move {
   Handle from;  // mapped there
   Handle to;    // mapped nowhere, of the same size; one of the two is on the host
   // If `to` held this when it was mapped last: should `from` still hold the same, nothing is
-  // copied.
+  // copied. Cleared once the call has written to `to`.
   std::optional<Fingerprint> known;
   // What the call did.
   bool done = false;

@@ -177,7 +177,10 @@ void HostDevice::do_move(std::span<Move> moves, std::span<const StreamId> held) 
     begin(Call::move, move.to.bytes);
     const int file = file_of(move.to).descriptor();
     move.copied = !move.known || !View(file, move.to).equals(move.address);
-    if (move.copied) write_all(file, move.address, move.to);
+    if (move.copied) {
+      move.known.reset();
+      write_all(file, move.address, move.to);
+    }
     // In one step: who reads there meanwhile sees the same bytes. Only the kernel's own memory can
     // be short here, and the old mapping is gone then.
     if (::mmap(pointer(move.address), move.to.bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,

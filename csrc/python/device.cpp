@@ -38,6 +38,7 @@ void bind_device(py::module_& module) {
            }),
            py::arg("address"), py::arg("source"), py::arg("target"),
            py::arg("known") = std::nullopt)
+      .def_readonly("known", &Move::known)
       .def_readonly("done", &Move::done)
       .def_readonly("copied", &Move::copied)
       .def_readonly("contents", &Move::contents);

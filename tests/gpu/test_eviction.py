@@ -55,7 +55,8 @@ def test_evicted_memory_is_given_up_and_its_addresses_stay_valid() -> None:
     total, before, address = x.sum(dtype=torch.int64).item(), free_vram(), x.data_ptr()
     context.evict()
     torch.cuda.empty_cache()
-    assert free_vram() - before >= GB
+    # The buffers that copies go through stay.
+    assert free_vram() - before >= GB - 64 * MB
     usage = context.usage()
     assert usage.reserved == 0
     assert GB <= usage.evicted <= GB + 128 * MB

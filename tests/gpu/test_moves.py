@@ -26,20 +26,21 @@ WORDS = PAGE // 4
 class Pages:
     """Memory in pages, each of which has a place on the device and one in host memory."""
 
-    def __init__(self, device: native.CudaDevice, count: int) -> None:
+    def __init__(self, device: native.CudaDevice, count: int, size: int) -> None:
         self.device = device
         self.count = count
-        self.address = device.reserve(count * PAGE, PAGE)
-        self.near = [device.create(PAGE) for _ in range(count)]
-        self.far = [device.create_host(PAGE) for _ in range(count)]
+        self.size = size
+        self.address = device.reserve(count * size, size)
+        self.near = [device.create(size) for _ in range(count)]
+        self.far = [device.create_host(size) for _ in range(count)]
         self.is_far = [False] * count
         self.contents: list[native.Fingerprint | None] = [None] * count
         for index in range(count):
             device.map(self.place(index), self.near[index])
-        self.words = self.view("<i4", count * WORDS)
+        self.words = self.view("<i4", count * size // 4)
 
     def place(self, index: int) -> int:
-        return self.address + index * PAGE
+        return self.address + index * self.size
 
     def view(self, kind: str, size: int) -> torch.Tensor:
         """All of the memory; to be taken while it is on the device, as torch asks where it is."""
@@ -52,7 +53,8 @@ class Pages:
         return torch.as_tensor(SimpleNamespace(__cuda_array_interface__=interface), device="cuda")
 
     def page(self, index: int) -> torch.Tensor:
-        return self.words[index * WORDS : (index + 1) * WORDS]
+        words = self.size // 4
+        return self.words[index * words : (index + 1) * words]
 
     def move(self, indices: Sequence[int], held: Sequence[int] = ()) -> list[native.Move]:
         """Each of the pages to where it is not."""
@@ -83,15 +85,15 @@ class Pages:
             self.device.unmap(self.place(index), handle)
         for handle in self.near + self.far:
             self.device.release(handle)
-        self.device.unreserve(self.address, self.count * PAGE)
+        self.device.unreserve(self.address, self.count * self.size)
 
 
 @pytest.fixture
 def make(device: native.CudaDevice) -> Iterator[Callable[[int], Pages]]:
     made: list[Pages] = []
 
-    def make(count: int) -> Pages:
-        made.append(Pages(device, count))
+    def make(count: int, size: int = PAGE) -> Pages:
+        made.append(Pages(device, count, size))
         return made[-1]
 
     yield make
@@ -299,19 +301,22 @@ def test_fingerprints_tell_pages_apart_and_the_same_ones_not(
 # Rates -------------------------------------------------------------------------------------------
 
 
-def test_rates(make: Callable[[int], Pages]) -> None:
-    count = 4 * GB // PAGE
-    pages = make(count)
-    pages.words.copy_(numbered(0, count))
+def measure(pages: Pages, what: str, indices: Sequence[int]) -> None:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    moves = pages.move(indices)
+    taken = time.perf_counter() - start
+    rate = len(indices) * pages.size / taken / 1e9
+    copied = sum(move.copied for move in moves)
+    print(f"{what}: {rate:.1f} GB/s, {copied} of {len(moves)} pages copied")
 
-    def measure(what: str, indices: Sequence[int]) -> None:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        moves = pages.move(indices)
-        taken = time.perf_counter() - start
-        rate = len(indices) * PAGE / taken / 1e9
-        copied = sum(move.copied for move in moves)
-        print(f"{what}: {rate:.1f} GB/s, {copied} of {len(moves)} pages copied")
+
+@pytest.mark.parametrize(("size", "total"), [(PAGE, 4 * GB), (2 * MB, GB)], ids=["32 MB", "2 MB"])
+def test_rates(make: Callable[[int, int], Pages], size: int, total: int) -> None:
+    count = total // size
+    pages = make(count, size)
+    pages.words.copy_(numbered(0, total // PAGE))
+    print()
 
     everything = range(count)
     half = count // 2
@@ -319,20 +324,70 @@ def test_rates(make: Callable[[int], Pages]) -> None:
     pages.move([0])
     for _ in range(2):
         pages.contents = [None] * count
-        measure("out", everything)
-        measure("in", everything)
-    measure("out, unchanged", everything)
-    measure("in", everything)
+        measure(pages, "out", everything)
+        measure(pages, "in", everything)
+    measure(pages, "out, unchanged", everything)
+    measure(pages, "in", everything)
     pages.contents = [None] * count
     pages.move(range(half))
     for _ in range(2):
-        measure("both ways", everything)
+        measure(pages, "both ways", everything)
         pages.contents = [None] * count
     pages.move(range(half) if pages.is_far[0] else range(half, count))
+    # Once all of it has come in, what goes out is only compared.
+    pages.move(range(half, count))
+    pages.move(range(half, count))
+    pages.move(range(half))
+    measure(pages, "both ways, unchanged", everything)
+    pages.move(range(half, count))
     assert not any(pages.is_far)
-    for index in range(0, count, 16):
+    for index in range(0, total // PAGE, 16):
         kept = pages.words[index * WORDS : (index + 16) * WORDS]
         assert torch.equal(kept, numbered(index, index + 16))
+
+
+def test_how_long_a_reader_waits(make: Callable[[int], Pages]) -> None:
+    count = 64
+    pages = make(count)
+    pages.words.copy_(numbered(0, count))
+    pages.move([0])  # compiles the kernel
+    pages.move([0])
+    elsewhere = torch.ones(1000, device="cuda")
+    latencies: list[float] = []
+
+    def reader() -> None:
+        start = time.perf_counter()
+        assert elsewhere.sum().item() == 1000
+        latencies.append(time.perf_counter() - start)
+
+    print()
+    everything = range(count)
+    pages.contents = [None] * count
+    for what in ["out", "in", "out, unchanged", "in"]:
+        latencies.clear()
+        with beside(reader):
+            measure(pages, what, everything)
+        print(f"  reads: {quantiles(latencies)}")
+    assert torch.equal(pages.words, numbered(0, count))
+
+
+def test_pages_that_never_stand_still_go_out(make: Callable[[int], Pages]) -> None:
+    """What was copied ahead is out of date each time."""
+    pages = make(4)
+    pages.words.zero_()
+    torch.cuda.synchronize()
+    updates = itertools.count()
+
+    def updater() -> None:
+        next(updates)
+        pages.words.add_(1)
+        torch.cuda.current_stream().synchronize()
+
+    with beside(updater):
+        for _ in range(40):
+            pages.move(range(4))
+    torch.cuda.synchronize()
+    assert (pages.words == next(updates)).all()
 
 
 def test_the_memory_is_vram_before_and_is_not_afterwards(
@@ -345,6 +400,9 @@ def test_the_memory_is_vram_before_and_is_not_afterwards(
     count = 16
     torch.cuda.empty_cache()
     pages = make(count)
+    # The first moves take what they need for themselves, and keep it.
+    pages.move([0])
+    pages.move([0])
     with_pages = free()
     pages.move(range(count))
     for handle in pages.near:

@@ -126,6 +126,26 @@ def test_one_changed_byte_is_moved(device: Device) -> None:
     assert memory.read(address + 3 * PAGE - 1, 1) == b"!"
 
 
+def test_a_failed_move_tells_whether_what_is_known_still_holds(device: Device) -> None:
+    memory = DeviceMemory(device)
+    address = device.reserve(PAGE, PAGE)
+    near, far = device.create(PAGE), device.create_host(PAGE)
+    device.map(address, near)
+    memory.write(address, b"first")
+    device.move([native.Move(address, near, far)])
+    back = native.Move(address, far, near)
+    device.move([back])
+    memory.write(address, b"other")
+    failed = native.Move(address, near, far, back.contents)
+    device.inject_fault(1, Device.Call.move)
+    with pytest.raises(DeviceError, match="injected fault"):
+        device.move([failed])
+    assert not failed.done
+    memory.write(address, b"first")
+    device.move([native.Move(address, near, far, failed.known)])
+    assert memory.read(address, 5) == b"first"
+
+
 def test_many_moves_both_ways_at_once(device: Device) -> None:
     memory = DeviceMemory(device)
     address = device.reserve(32 * PAGE, PAGE)

@@ -1,5 +1,6 @@
 """Who gives way to whom, and what becomes of those who do: on a host device, without torch."""
 
+import contextlib
 import ctypes
 import re
 import threading
@@ -408,6 +409,84 @@ def test_the_pages_at_an_address_are_the_host_pools_while_evicted(bench: Bench) 
     bench.check()
 
 
+def test_a_context_whose_evicted_pages_were_all_freed_is_entered_at_once(bench: Bench) -> None:
+    a = bench.create("a", 40 * MB)
+    block = bench.fill(a, 40 * MB, 1)
+    bench.manager.evict_context(a)
+    bench.free(block)
+    bench.manager.trim()
+    assert bench.evicted(a) == 0
+    assert a.is_ready
+    with Entered(a):
+        bench.fill(a, 8 * MB, 2)
+    bench.check()
+
+
+def test_what_is_free_in_host_memory_need_not_come_back(bench: Bench) -> None:
+    a, b = bench.create("a", 48 * MB), bench.create("b", 64 * MB)
+    kept, *dropped = (bench.fill(a, 2 * MB, mark) for mark in range(1, 9))
+    bench.manager.evict_context(a)
+    bench.fill(b, 62 * MB, 9)
+    for address in dropped:
+        bench.free(address)
+    with Entered(b), Entered(a):
+        assert bench.evicted(a) == 0
+        assert bench.resident(a) == 2 * MB
+    bench.check()
+    bench.free(kept)
+
+
+def test_coming_back_is_use(bench: Bench) -> None:
+    a, b = bench.create("a", 24 * MB), bench.create("b", 24 * MB)
+    for mark, context in enumerate((a, b), start=1):
+        bench.fill(context, 20 * MB, mark)
+    bench.manager.evict_context(a)
+    with Entered(b):
+        pass
+    bench.manager.restore_context(a)
+    bench.fill(bench.create("c", 40 * MB), 40 * MB, 3)
+    assert (bench.evicted(a), bench.evicted(b)) == (0, 16 * MB)
+    bench.check()
+
+
+def test_host_memory_for_loans_is_not_given_to_larger_pages() -> None:
+    """A victim gives whole pages; what they take beyond the need must not be what is set aside."""
+    bench = Bench(capacity=512 * MB, backup=24 * MB)
+    reserved = bench.create("reserved", 16 * MB, 16 * MB, HIGH)
+    large = bench.create("large", 512 * MB, 0, LOW)
+    small = bench.create("small", 64 * MB, 0, LOW)
+    assert large.page_bytes == 8 * MB
+    bench.fill(large, 512 * MB, 1)
+    assert bench.manager.usage(large).resident == 512 * MB
+    bench.manager.check_invariants()
+    for _ in range(2):
+        with contextlib.suppress(torch.OutOfMemoryError):
+            small.allocate(2 * MB)
+    bench.fill(reserved, 16 * MB, 2)
+    bench.check()
+
+
+def test_two_evictions_at_once_keep_what_is_set_aside() -> None:
+    bench = Bench(capacity=96 * MB, backup=72 * MB)
+    reserved = bench.create("reserved", 32 * MB, 32 * MB, HIGH)
+    contexts = [bench.create(name, 40 * MB, 0, LOW) for name in "abc"]
+    for mark, context in enumerate(contexts, start=1):
+        bench.fill(context, 32 * MB, mark)
+
+    def evict(context: native.Context) -> None:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            bench.manager.evict_context(context)
+
+    threads = [threading.Thread(target=evict, args=(context,)) for context in contexts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    bench.check()
+    bench.fill(reserved, 32 * MB, 9)
+    bench.check()
+
+
 def test_a_restore_without_room_loses_nothing_and_can_be_tried_again(bench: Bench) -> None:
     a, b = bench.create("a", 48 * MB), bench.create("b", 48 * MB)
     bench.fill(a, 40 * MB, 1)
@@ -580,6 +659,25 @@ def test_handlers_are_asked_before_others_are_evicted(bench: Bench) -> None:
     bench.fill(reserved, 40 * MB, 3)
     assert len(asked) == 2
     bench.check()
+
+
+def test_a_handler_that_goes_may_use_the_manager(bench: Bench) -> None:
+    """Whatever Python runs when it is replaced, no lock of the manager is held."""
+
+    class Handler:
+        def __init__(self) -> None:
+            self.seen: list[int] = []
+
+        def __call__(self, context: native.Context, requested: int, available: int) -> bool:
+            return True
+
+        def __del__(self) -> None:
+            gone.append(bench.manager.device_usage().capacity)
+
+    gone: list[int] = []
+    bench.manager.set_pressure_handler(Handler())
+    bench.manager.set_pressure_handler(None)
+    assert gone == [64 * MB]
 
 
 def test_a_handler_may_free_memory_and_allocate(bench: Bench) -> None:
