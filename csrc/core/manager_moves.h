@@ -54,8 +54,9 @@ struct Manager::Round {
     bool had_backup = false;  // the target of a move out was the page's own
     Move move;
   };
-  // Each way: enough to keep copies and mapping busy at the same time.
-  static constexpr std::size_t kMostPages = 8;
+  // Each way: enough to keep copies and mapping busy at the same time, and few enough that what is
+  // freed is soon somebody else's.
+  static constexpr std::size_t kMostPages = 16;
 
   std::vector<Page> pages;
   std::size_t outs = 0;
