@@ -301,7 +301,7 @@ void MemoryPool::evict_all(const std::vector<Block*>& victims) {
     transfer(reinterpret_cast<Address>(backup.get()), place_of(*block), block->size);
     block->backup = std::move(backup);
     by_use_.erase(block->last_use);
-    give_back(std::exchange(block->start, Arena::kNone), block->bytes);
+    give_back(std::exchange(block->start, Arena::kNone), block->bytes, false);
     evicted_bytes_ += block->size;
     ++eviction_count_;
   }

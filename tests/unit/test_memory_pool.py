@@ -599,7 +599,7 @@ class Tracked:
         pool.check_invariants()
 
 
-LAST_CALL = 48
+LAST_CALL = 45
 
 
 @pytest.mark.parametrize("n", range(1, LAST_CALL + 1))
