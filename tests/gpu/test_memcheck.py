@@ -1,4 +1,4 @@
-"""compute-sanitizer's memcheck over a short program."""
+"""compute-sanitizer's memcheck over short programs."""
 
 import os
 import shutil
@@ -6,16 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
-def test_memcheck_finds_nothing() -> None:
+@pytest.mark.parametrize("program", ["short_program", "short_eviction"])
+def test_memcheck_finds_nothing(program: str) -> None:
     toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin/compute-sanitizer"
     sanitizer = shutil.which("compute-sanitizer") or str(toolkit)
     result = subprocess.run(
         [
             *(sanitizer, "--tool", "memcheck", "--error-exitcode", "9"),
-            *(sys.executable, "-m", "tests.gpu.short_program"),
+            *(sys.executable, "-m", f"tests.gpu.{program}"),
         ],
         capture_output=True,
         text=True,
