@@ -1,12 +1,11 @@
 """The public functions: contexts, sessions, streams and what there is to know about them."""
 
-from dataclasses import dataclass
-
 import torch
 
 from pygpukit_torch import runtime as _runtime
 from pygpukit_torch.context import ExecutionContext
 from pygpukit_torch.errors import ContextNotFoundError
+from pygpukit_torch.figures import ContextStats, SchedulerStats
 from pygpukit_torch.memory import GB, KB, MB, ContextUsage, check_bytes
 from pygpukit_torch.pressure import Handler, PressureHandler
 from pygpukit_torch.qos import QoSPolicy
@@ -306,59 +305,6 @@ def wait_event(context: ExecutionContext, event: ContextEvent | torch.cuda.Event
         stream.wait_event(event)
     else:
         raise TypeError(f"expected an event from record_event, got {type(event).__name__}")
-
-
-@dataclass(frozen=True, slots=True)
-class ContextStats:
-    """One context in :func:`stats`. Since its creation where it counts. Sizes in bytes.
-
-    Attributes:
-        state: ``"destroyed"`` while live tensors remain.
-        evictions: how often pages of it were moved to host memory, and ``restores`` back.
-        bytes_out: what was copied to host memory, and ``bytes_in`` back.
-        pages_unchanged: pages that were moved out without a copy.
-        seconds_moving: time spent on all of that.
-    """
-
-    name: str
-    qos: QoSPolicy
-    state: str
-    usage: ContextUsage
-    live_blocks: int
-    evictions: int
-    restores: int
-    bytes_out: int
-    bytes_in: int
-    pages_unchanged: int
-    seconds_moving: float
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerStats:
-    """The device and every context at one moment. Sizes in bytes.
-
-    Attributes:
-        device: ``"cpu"`` or ``"cuda"``.
-        capacity: what all contexts together may hold.
-        reserved: what they hold.
-        pooled: physical memory kept ready, for reservations and for reuse.
-        available: see :func:`get_available_vram`.
-        host_backup: the limit of host memory for evicted pages.
-        host_reserved: host memory made for them.
-        host_used: what of it holds contents, of evicted pages and of pages that have come back.
-        contexts: those that live, and those destroyed whose memory is still in use.
-    """
-
-    device: str
-    device_id: int
-    capacity: int
-    reserved: int
-    pooled: int
-    available: int
-    host_backup: int
-    host_reserved: int
-    host_used: int
-    contexts: tuple[ContextStats, ...]
 
 
 def stats() -> SchedulerStats:
