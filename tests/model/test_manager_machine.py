@@ -135,7 +135,8 @@ class ManagerMachine(RuleBasedStateMachine):
         session = native.Session(model.context, ordered=False)
         _, error, struck = self.attempt(session.enter)
         if error is None:
-            assert model.sessions or self.manager.usage(model.context).evicted == 0
+            # A page without a live byte that the device would not unmap may stay behind.
+            assert model.sessions or struck or self.manager.usage(model.context).evicted == 0
             model.sessions.append(session)
         else:
             assert evicted, "a context that was here could not be entered"
@@ -170,7 +171,8 @@ class ManagerMachine(RuleBasedStateMachine):
         model = data.draw(st.sampled_from(self.live), label="context")
         _, error, struck = self.attempt(lambda: self.manager.restore_context(model.context))
         if error is None:
-            assert model.sessions or self.manager.usage(model.context).evicted == 0
+            # A page without a live byte that the device would not unmap may stay behind.
+            assert model.sessions or struck or self.manager.usage(model.context).evicted == 0
         else:
             assert struck or isinstance(error, torch.OutOfMemoryError)
 
