@@ -225,14 +225,14 @@ std::vector<StreamId> Context::streams_in_use() const {
   return streams;
 }
 
-std::vector<std::uint32_t> Context::live_evicted_pages() const {
+std::vector<std::uint32_t> Context::live_pages(bool evicted) const {
   std::vector<std::uint32_t> numbers;
   const std::vector<Arena::PageRun> idle = arena_.idle_runs();
   auto run = idle.begin();
   for (const auto& [number, page] : pages_) {
     while (run != idle.end() && run->first + run->count <= number) ++run;
     const bool is_idle = run != idle.end() && run->first <= number;
-    if (page.handle.on_host && !is_idle) numbers.push_back(number);
+    if (page.handle.on_host == evicted && !is_idle) numbers.push_back(number);
   }
   return numbers;
 }

@@ -195,8 +195,8 @@ class Context : public std::enable_shared_from_this<Context> {
   std::size_t device_pages() const { return arena_.resident_pages() - evicted_pages_; }
   // All whose work may use the memory now, declared consumers' included.
   std::vector<StreamId> streams_in_use() const;
-  // The numbers of evicted pages with live bytes. With the manager's lock and the context's.
-  std::vector<std::uint32_t> live_evicted_pages() const;
+  // The numbers of pages with live bytes, evicted or resident. With the context's lock, too.
+  std::vector<std::uint32_t> live_pages(bool evicted) const;
   // Resident pages without a live byte, retired ones included.
   std::size_t idle_device_pages() const;
   bool is_moving() const { return (sessions_.load(std::memory_order_acquire) & kMoving) != 0; }

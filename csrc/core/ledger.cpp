@@ -150,10 +150,7 @@ void Ledger::charge(Id id, std::size_t bytes) {
     throw Error(ErrorCode::out_of_memory, "a charge of " + format_bytes(bytes) +
                                               " exceeds the room of " + format_bytes(room(id)));
   }
-  Account& account = find(id);
-  Account changed = account;
-  changed.resident += bytes;
-  replace(account, changed);
+  shift(id, bytes, 0);
 }
 
 void Ledger::restore(Id id, std::size_t bytes) {
@@ -162,35 +159,30 @@ void Ledger::restore(Id id, std::size_t bytes) {
                                               " exceeds the room of " +
                                               format_bytes(restorable(id)));
   }
-  Account& account = find(id);
-  Account changed = account;
-  changed.resident += bytes;
-  changed.evicted -= bytes;
-  replace(account, changed);
+  shift(id, bytes, 0 - bytes);
 }
 
 void Ledger::refund(Id id, std::size_t bytes) {
-  Account& account = find(id);
-  if (bytes > account.resident) refuse_refund(bytes, account.resident, "a refund");
-  Account changed = account;
-  changed.resident -= bytes;
-  replace(account, changed);
+  if (bytes > find(id).resident) refuse_refund(bytes, find(id).resident, "a refund");
+  shift(id, 0 - bytes, 0);
 }
 
 void Ledger::evict(Id id, std::size_t bytes) {
-  Account& account = find(id);
-  if (bytes > account.resident) refuse_refund(bytes, account.resident, "an eviction");
-  Account changed = account;
-  changed.resident -= bytes;
-  changed.evicted += bytes;
-  replace(account, changed);
+  if (bytes > find(id).resident) refuse_refund(bytes, find(id).resident, "an eviction");
+  shift(id, 0 - bytes, bytes);
 }
 
 void Ledger::refund_evicted(Id id, std::size_t bytes) {
+  if (bytes > find(id).evicted) refuse_refund(bytes, find(id).evicted, "a refund");
+  shift(id, 0, 0 - bytes);
+}
+
+// By amounts that may be negative, modulo the size of a word.
+void Ledger::shift(Id id, std::size_t resident, std::size_t evicted) {
   Account& account = find(id);
-  if (bytes > account.evicted) refuse_refund(bytes, account.evicted, "a refund");
   Account changed = account;
-  changed.evicted -= bytes;
+  changed.resident += resident;
+  changed.evicted += evicted;
   replace(account, changed);
 }
 

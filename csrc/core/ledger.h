@@ -92,6 +92,7 @@ class Ledger {
  private:
   Account& find(Id id);
   void replace(Account& account, const Account& changed);
+  void shift(Id id, std::size_t resident, std::size_t evicted);
   std::size_t taken_from(Id id) const;
 
   std::size_t capacity_;

@@ -211,12 +211,12 @@ class Manager : public std::enable_shared_from_this<Manager> {
                              std::string& why) const;
   bool choose_outs(const std::vector<Eviction>& plan, Stopped& stopped, Round& round);
   void add_outs(Context& context, std::size_t count, Round& round);
+  std::size_t drop_backups(std::size_t bytes);
   std::optional<Error> choose_ins(Context& context, Round& round);
   std::optional<Error> carry_out(Round& round);
   void quiesce(const std::vector<StreamId>& streams);
   void take_host_memory(Round& round);
   void settle(Round& round, std::uint64_t nanoseconds);
-  std::size_t drop_backups(std::size_t bytes);
   bool make_room(const Need& need, std::string& why);
   void* explained(const Need& need, std::string& why);
   bool await_others(Lock& lock, const Need& need, Stopped& victims);

@@ -109,14 +109,7 @@ bool Manager::choose_outs(const std::vector<Eviction>& plan, Stopped& stopped, R
 
 // With the context's lock. Pages with a backup first: they may be unchanged.
 void Manager::add_outs(Context& context, std::size_t count, Round& round) {
-  const std::vector<Arena::PageRun> idle = context.arena_.idle_runs();
-  auto run = idle.begin();
-  std::vector<std::uint32_t> numbers;
-  for (const auto& [number, page] : context.pages_) {
-    while (run != idle.end() && run->first + run->count <= number) ++run;
-    const bool is_idle = run != idle.end() && run->first <= number;
-    if (!page.handle.on_host && !is_idle) numbers.push_back(number);
-  }
+  std::vector<std::uint32_t> numbers = context.live_pages(/*evicted=*/false);
   std::stable_partition(numbers.begin(), numbers.end(), [&](std::uint32_t number) {
     return context.pages_.at(number).backup.has_value();
   });
@@ -148,7 +141,7 @@ std::optional<Error> Manager::choose_ins(Context& context, Round& round) {
   const HandlePool::Keep others = promised_to_others(context);
   const HandlePool::Keep not_lent = not_lent_to(context);
   try {
-    for (const std::uint32_t number : context.live_evicted_pages()) {
+    for (const std::uint32_t number : context.live_pages(/*evicted=*/true)) {
       if (round.ins_left() == 0 || ledger_.restorable(context.id()) < bytes) break;
       Round::Page moving;
       moving.context = &context;

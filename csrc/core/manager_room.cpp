@@ -166,10 +166,9 @@ bool Manager::may_try_again(const Need& need, const Round& round,
   if (Clock::now() >= need.deadline) {
     const Context* in_use = round.in_use.get();
     if (in_use == nullptr && !round.pages.empty()) in_use = round.pages.front().context;
-    const auto seconds =
-        std::chrono::duration_cast<std::chrono::milliseconds>(claim_timeout_).count();
+    const auto limit = std::chrono::duration_cast<std::chrono::milliseconds>(claim_timeout_);
     why = "context '" + (in_use == nullptr ? std::string("?") : in_use->name()) +
-          "' is in use and did not yield within " + std::to_string(seconds) + " ms" +
+          "' is in use and did not yield within " + std::to_string(limit.count()) + " ms" +
           (failure ? std::string(": ") + failure->what() : "");
     return false;
   }
@@ -222,8 +221,12 @@ void* Manager::explained(const Need& need, std::string& why) {
 bool Manager::give_way(std::size_t bytes) {
   const std::size_t given = trim();
   const Blocking blocking;
-  std::string why;
-  return make_room({nullptr, bytes, false, Clock::now()}, why) || given > 0;
+  try {
+    std::string why;
+    return make_room({nullptr, bytes, false, Clock::now()}, why) || given > 0;
+  } catch (const Error&) {
+    return given > 0;  // whoever asked is out of memory, and says so himself
+  }
 }
 
 // Coming back ------------------------------------------------------------------------------------
@@ -273,7 +276,7 @@ void Manager::bring_back(Context& context) {
       const Ledger::Account& account = ledger_.account(context.id());
       {
         const ContextLock context_lock(context.mutex_);
-        need.room = context.live_evicted_pages().size() * context.page_bytes();
+        need.room = context.live_pages(/*evicted=*/true).size() * context.page_bytes();
       }
       if (need.room == 0) return;
       need.of_base = account.resident + need.room <= account.base;
