@@ -57,7 +57,7 @@ def session_table() -> str:
 
 def evict_table() -> str:
     """Out and in, as rates and as parts of the pinned copies' rates."""
-    report = _report("evict-h100-quick.json")
+    report = _report("evict-h100.json")
     sets = list(dict.fromkeys(row["tensors"] for row in report["rows"] if row["GiB/s"] != ""))
     cells: dict[str, dict[str, str]] = {}
     for row in report["rows"]:
