@@ -55,13 +55,7 @@ class ExecutionContext:
         self._native = handle
         self._name = handle.name
         self._qos = qos
-        self._stream: ContextStream | CudaContextStream
-        if runtime.settings.device == "cuda":
-            self._stream = CudaContextStream(handle.stream, runtime.settings.device_id)
-        else:
-            self._stream = ContextStream(
-                runtime.device, handle.stream, self._require_alive, runtime.check_process
-            )
+        self._stream = self._wrapped_stream()
         usage = runtime.manager.usage(handle)
         self._max_vram = usage.max
         self._base_vram = usage.base
@@ -88,13 +82,26 @@ class ExecutionContext:
 
     @property
     def stream(self) -> ContextStream | CudaContextStream:
-        """The context's own stream."""
+        """The context's own stream. It gets another one if its SMs change: see partitions."""
+        if self._stream.id != self._native.stream and not self._native.is_destroyed:
+            self._stream = self._wrapped_stream()
         return self._stream
+
+    def _wrapped_stream(self) -> ContextStream | CudaContextStream:
+        runtime, stream = self._runtime, self._native.stream
+        if runtime.settings.device == "cuda":
+            return CudaContextStream(stream, runtime.settings.device_id)
+        return ContextStream(runtime.device, stream, self._require_alive, runtime.check_process)
 
     @property
     def partition(self) -> str | None:
-        """The partition it belongs to; None as long as there are no partitions."""
-        return None
+        """The id of the partition it belongs to; None outside of partitions.
+
+        Raises:
+            ContextDestroyedError: it has been destroyed.
+        """
+        self._require_alive()
+        return self._runtime.manager.usage(self._native).partition or None
 
     @property
     def state(self) -> str:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from pygpukit_torch import native
+from pygpukit_torch import captures, native
 from pygpukit_torch.errors import InitializationError
 from pygpukit_torch.settings import Settings, free_host_memory
 
@@ -91,6 +91,7 @@ class _Cuda(Backend):
         self.manager = _managed(self.device, native.cuda_streams(self.device), self.settings)
 
     def install(self) -> None:
+        captures.confine_captures()
         if not self.settings.install:
             return
         if not native.cuda_is_initialized():
@@ -99,6 +100,7 @@ class _Cuda(Backend):
         native.serve_contexts_of(self.manager)
 
     def uninstall(self) -> None:
+        captures.stop_confining_captures()
         if self.settings.install:
             native.uninstall_cuda_allocator()
 

@@ -11,6 +11,7 @@ class ContextStats:
     """One context in :func:`stats`. Since its creation where it counts. Sizes in bytes.
 
     Attributes:
+        partition: the id of the partition it is in, if any.
         state: ``"destroyed"`` while live tensors remain.
         evictions: how often pages of it were moved to host memory, and ``restores`` back.
         bytes_out: what was copied to host memory, and ``bytes_in`` back.
@@ -20,6 +21,7 @@ class ContextStats:
 
     name: str
     qos: QoSPolicy
+    partition: str | None
     state: str
     usage: ContextUsage
     live_blocks: int

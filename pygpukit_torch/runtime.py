@@ -74,12 +74,14 @@ class Runtime:
         with self.lock:
             return list(self._contexts.values())
 
-    def create(self, name: str, max_vram: int, base_vram: int, qos: QoSPolicy) -> ExecutionContext:
+    def create(
+        self, name: str, max_vram: int, base_vram: int, qos: QoSPolicy, partition: str
+    ) -> ExecutionContext:
         """Create a context; arguments are checked by the caller and by the manager."""
         with self.lock:
             if self._closed:
                 raise InitializationError("shutdown() was called while the context was created")
-            handle = self.manager.create_context(name, max_vram, base_vram, qos.tier)
+            handle = self.manager.create_context(name, max_vram, base_vram, qos.tier, partition)
             context = self._contexts[name] = ExecutionContext(self, handle, qos)
             return context
 
@@ -171,3 +173,4 @@ def shutdown() -> None:
         threads.stop_handing_contexts_on()
         runtime.backend.uninstall()
         _runtime = None
+        runtime.manager.shut_down()

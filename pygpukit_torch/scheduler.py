@@ -1,5 +1,7 @@
 """The public functions: contexts, sessions, streams and what there is to know about them."""
 
+import warnings
+
 import torch
 
 from pygpukit_torch import runtime as _runtime
@@ -123,14 +125,16 @@ def create_context(
         base_vram: the part of it that is reserved. By default ``max_vram`` for a guaranteed
             context, which cannot have less, and 0 for others; best effort cannot have more.
         qos: the tier.
-        partition: the name of the partition that the context belongs to. There are none yet.
+        partition: the id of the partition that the context belongs to, made by a
+            ``native.PartitionManager``.
         device_id: the device, which must be the one that was initialized.
 
     Raises:
         ValueError: a duplicate name, sizes that are inconsistent or exceed the device, an unknown
             partition or device.
         TypeError: an argument is of the wrong type.
-        AdmissionError: the reservation does not fit beside those already made.
+        AdmissionError: the reservation does not fit beside those already made, on the device or
+            in the partition.
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a str, got {type(name).__name__} {name!r}")
@@ -142,8 +146,10 @@ def create_context(
     if base_vram is None:
         base_vram = max_vram if qos is QoSPolicy.GUARANTEED else 0
     base_vram = check_bytes("base_vram", base_vram, least=0)
-    if partition is not None:
-        raise ValueError(f"unknown partition {partition!r}: there are no partitions")
+    if partition is not None and not isinstance(partition, str):
+        raise TypeError(f"partition must be a str, got {type(partition).__name__} {partition!r}")
+    if partition == "":
+        raise ValueError("partition must be the id of one, or None")
     if device_id is not None:
         check_device_id("device_id", device_id)
     runtime = _runtime.get_or_initialize()
@@ -151,7 +157,12 @@ def create_context(
         raise ValueError(
             f"device_id {device_id} is not the initialized {runtime.settings.device_id}"
         )
-    return runtime.create(name, max_vram, base_vram, qos)
+    if partition is None and runtime.manager.is_divided_up:
+        warnings.warn(
+            f"partitions have all SMs: context {name!r}, which is in none, runs on all of them",
+            stacklevel=2,
+        )
+    return runtime.create(name, max_vram, base_vram, qos, partition or "")
 
 
 def get_context(name: str) -> ExecutionContext:
@@ -327,6 +338,7 @@ def stats() -> SchedulerStats:
             ContextStats(
                 name=context.name,
                 qos=QoSPolicy(context.tier.name),
+                partition=context.partition or None,
                 state="destroyed" if context.orphan else states[context.name],
                 usage=ContextUsage.of(context),
                 live_blocks=context.live_blocks,

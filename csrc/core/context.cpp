@@ -31,7 +31,7 @@ Context::Counters& Context::Counters::operator+=(const Counters& other) {
 
 Context::Context(const std::shared_ptr<Manager>& manager, ContextSpec spec, Ledger::Id account,
                  std::size_t page_bytes, std::uint32_t page_count, std::uint32_t segment_pages,
-                 Address address, StreamId stream)
+                 Address address, StreamId stream, ProcessorSet processors)
     : is_on_host_(manager->device()->properties().is_host),
       arena_(page_bytes, page_count, page_count - segment_pages),
       address_(address),
@@ -39,6 +39,7 @@ Context::Context(const std::shared_ptr<Manager>& manager, ContextSpec spec, Ledg
       spec_(std::move(spec)),
       account_(account),
       stream_(stream),
+      own_streams_{{stream, processors, false}},
       device_(manager->device()),
       thread_streams_(manager->thread_streams()),
       manager_(manager) {}
@@ -249,6 +250,11 @@ std::size_t Context::idle_device_pages() const {
   return count;
 }
 
+const Context::OwnStream& Context::own_stream() const {
+  return *std::find_if(own_streams_.begin(), own_streams_.end(),
+                       [this](const OwnStream& own) { return own.id == stream_; });
+}
+
 std::vector<StreamId> Context::streams() const {
   const std::lock_guard lock(mutex_);
   std::vector<StreamId> streams;
@@ -281,8 +287,7 @@ bool Context::try_begin_session(bool keeps_active) {
   std::uint32_t sessions = sessions_.load(std::memory_order_acquire);
   do {
     const bool is_idle = (sessions & kCount) == 0;
-    if ((sessions & (kClosed | kMoving)) != 0 ||
-        (is_idle && (sessions & (kEvicted | kYields)) != 0)) {
+    if ((sessions & (kClosed | kMoving)) != 0 || (is_idle && (sessions & kDelayed) != 0)) {
       return false;
     }
   } while (keeps_active &&
@@ -302,7 +307,7 @@ void Context::begin_session_slow(bool keeps_active) {
 bool Context::close() {
   std::uint32_t sessions = sessions_.load(std::memory_order_acquire);
   do {
-    if ((sessions & ~(kEvicted | kYields)) != 0) return false;
+    if ((sessions & ~kDelayed) != 0) return false;
   } while (
       !sessions_.compare_exchange_weak(sessions, sessions | kClosed, std::memory_order_acq_rel));
   return true;

@@ -27,6 +27,7 @@ namespace pgk {
 
 class Manager;
 class ThreadStreams;
+struct Partition;
 
 // Not a stream: memory that is asked for with it is idle, nobody's work may still use it. It is a
 // segment, for others to divide, and lies in the range's upper zone.
@@ -40,6 +41,7 @@ struct ContextSpec {
   std::size_t max = 0;
   std::size_t base = 0;
   Tier tier = Tier::burstable;
+  std::string partition;  // its id; empty for none
 };
 
 class Context : public std::enable_shared_from_this<Context> {
@@ -70,7 +72,7 @@ class Context : public std::enable_shared_from_this<Context> {
 
   Context(const std::shared_ptr<Manager>& manager, ContextSpec spec, Ledger::Id account,
           std::size_t page_bytes, std::uint32_t page_count, std::uint32_t segment_pages,
-          Address address, StreamId stream);
+          Address address, StreamId stream, ProcessorSet processors);
   Context(const Context&) = delete;
   Context& operator=(const Context&) = delete;
 
@@ -136,7 +138,7 @@ class Context : public std::enable_shared_from_this<Context> {
   bool is_ready() const {
     const std::uint32_t sessions = sessions_.load(std::memory_order_acquire);
     const bool is_idle = (sessions & kCount) == 0;
-    return (sessions & kMoving) == 0 && !(is_idle && (sessions & (kEvicted | kYields)) != 0);
+    return (sessions & kMoving) == 0 && !(is_idle && (sessions & kDelayed) != 0);
   }
   std::uint32_t sessions() const { return sessions_.load(std::memory_order_acquire) & kCount; }
   Counters counters() const;
@@ -173,6 +175,13 @@ class Context : public std::enable_shared_from_this<Context> {
     EventId event = 0;
   };
 
+  // One that was made for the context; the others lie idle until they are needed again.
+  struct OwnStream {
+    StreamId id = kNoStream;
+    ProcessorSet processors = 0;
+    bool for_captures = false;
+  };
+
   Address address_of(std::uint32_t page) const { return address_ + page * arena_.page_bytes(); }
   void* allocate_or_refuse(std::size_t bytes, StreamId stream);
   std::uint32_t granule_of(const void* pointer) const {
@@ -199,6 +208,8 @@ class Context : public std::enable_shared_from_this<Context> {
   std::vector<std::uint32_t> live_pages(bool evicted) const;
   // Resident pages without a live byte, retired ones included.
   std::size_t idle_device_pages() const;
+  // The one that it has now.
+  const OwnStream& own_stream() const;
   bool is_moving() const { return (sessions_.load(std::memory_order_acquire) & kMoving) != 0; }
   void begin_session_slow(bool keeps_active);
   static std::uint64_t next_use() { return uses_of_all_.fetch_add(1, std::memory_order_relaxed); }
@@ -212,8 +223,10 @@ class Context : public std::enable_shared_from_this<Context> {
   static constexpr std::uint32_t kClosed = std::uint32_t{1} << 31;
   static constexpr std::uint32_t kMoving = std::uint32_t{1} << 30;
   static constexpr std::uint32_t kEvicted = std::uint32_t{1} << 29;
-  static constexpr std::uint32_t kYields = std::uint32_t{1} << 28;  // once it is idle
-  static constexpr std::uint32_t kCount = kYields - 1;
+  static constexpr std::uint32_t kYields = std::uint32_t{1} << 28;     // once it is idle
+  static constexpr std::uint32_t kMisplaced = std::uint32_t{1} << 27;  // needs another stream
+  static constexpr std::uint32_t kDelayed = kEvicted | kYields | kMisplaced;
+  static constexpr std::uint32_t kCount = kMisplaced - 1;
   std::atomic<std::uint32_t> sessions_{0};
   // In the order of use, of all contexts.
   static inline std::atomic<std::uint64_t> uses_of_all_{1};
@@ -232,7 +245,9 @@ class Context : public std::enable_shared_from_this<Context> {
   // Below: only with the manager's lock, except for what never changes.
   ContextSpec spec_;
   Ledger::Id account_;
-  std::atomic<StreamId> stream_;
+  std::atomic<StreamId> stream_;  // one of these
+  std::vector<OwnStream> own_streams_;
+  std::shared_ptr<Partition> partition_;
   std::shared_ptr<Device> device_;
   ThreadStreams* thread_streams_;
   std::map<std::uint32_t, Page> pages_;  // all that are not holes

@@ -8,13 +8,6 @@
 namespace pgk {
 namespace {
 
-[[noreturn]] void refuse_base(std::size_t base, std::size_t uncommitted, std::size_t capacity) {
-  throw Error(ErrorCode::admission, "a reservation of " + format_bytes(base) +
-                                        " does not fit: " + format_bytes(uncommitted) +
-                                        " of the device's " + format_bytes(capacity) +
-                                        " are neither reserved nor in use");
-}
-
 void check_limits(std::size_t max, std::size_t base) {
   if (base > max) {
     throw Error(ErrorCode::invalid_value,
@@ -38,6 +31,60 @@ std::size_t less(std::size_t a, std::size_t b) {
 
 }  // namespace
 
+// Partitions -------------------------------------------------------------------------------------
+
+const Ledger::Partition& Ledger::find_partition(PartitionId id) const {
+  const auto it = partitions_.find(id);
+  if (it == partitions_.end()) {
+    throw Error(ErrorCode::invalid_value, "no partition " + std::to_string(id));
+  }
+  return it->second;
+}
+
+Ledger::PartitionId Ledger::open_partition(std::size_t limit) {
+  const PartitionId id = next_partition_++;
+  partitions_[id].limit = limit;
+  return id;
+}
+
+void Ledger::close_partition(PartitionId id) {
+  if (id == kDevice || find_partition(id).accounts != 0) {
+    throw Error(ErrorCode::busy, "partition " + std::to_string(id) + " has accounts");
+  }
+  partitions_.erase(id);
+}
+
+std::size_t Ledger::limit(PartitionId id) const {
+  const std::size_t limit = find_partition(id).limit;
+  return id == kDevice ? less(limit, outside_) : limit;
+}
+
+std::size_t Ledger::uncommitted(PartitionId id) const {
+  return less(limit(id), find_partition(id).committed);
+}
+
+std::size_t Ledger::lent(PartitionId id) const {
+  return less(find_partition(id).committed, limit(id));
+}
+
+void Ledger::require_within(PartitionId id, std::size_t max) const {
+  if (id != kDevice && max > limit(id)) {
+    throw Error(ErrorCode::invalid_value, "max " + format_bytes(max) + " is above the " +
+                                              format_bytes(limit(id)) + " of its partition");
+  }
+}
+
+void Ledger::require_uncommitted(PartitionId id, std::size_t base, std::size_t uncommitted) const {
+  if (base <= uncommitted) return;
+  throw Error(ErrorCode::admission, "a reservation of " + format_bytes(base) +
+                                        " does not fit: " + format_bytes(uncommitted) + " of the " +
+                                        (id == kDevice ? "device's " : "partition's ") +
+                                        format_bytes(find_partition(id).limit) +
+                                        " are neither reserved nor in use");
+}
+
+// Accounts ---------------------------------------------------------------------------------------
+
 Ledger::Account& Ledger::find(Id id) {
   const auto it = accounts_.find(id);
   if (it == accounts_.end()) {
@@ -50,18 +97,29 @@ const Ledger::Account& Ledger::account(Id id) const {
   return const_cast<Ledger*>(this)->find(id);
 }
 
+// Adds what an account is to the sums, `sign` times, modulo the size of a word.
+void Ledger::count(const Account& account, std::size_t sign) {
+  evicted_ += sign * account.evicted;
+  for (auto& [id, partition] : partitions_) {
+    if (id != kDevice && id != account.partition) continue;
+    partition.committed += sign * account.committed();
+    partition.resident += sign * account.resident;
+  }
+}
+
 void Ledger::replace(Account& account, const Account& changed) {
-  committed_ = committed_ - account.committed() + changed.committed();
-  resident_ = resident_ - account.resident + changed.resident;
-  evicted_ = evicted_ - account.evicted + changed.evicted;
+  count(account, std::size_t{0} - 1);
+  count(changed, 1);
   account = changed;
 }
 
-Ledger::Id Ledger::open(std::size_t max, std::size_t base, Tier tier) {
+Ledger::Id Ledger::open(std::size_t max, std::size_t base, Tier tier, PartitionId partition) {
   check_limits(max, base);
-  if (base > uncommitted()) refuse_base(base, uncommitted(), capacity_);
+  require_within(partition, max);
+  for (const PartitionId id : {kDevice, partition}) require_uncommitted(id, base, uncommitted(id));
   const Id id = next_++;
-  replace(accounts_[id], Account{max, base, tier, 0, 0});
+  replace(accounts_[id], Account{max, base, tier, partition, 0, 0});
+  ++partitions_[partition].accounts;
   return id;
 }
 
@@ -71,7 +129,8 @@ void Ledger::close(Id id) {
     throw Error(ErrorCode::busy,
                 "account " + std::to_string(id) + " still holds " + format_bytes(account.held()));
   }
-  replace(account, Account{});
+  --partitions_[account.partition].accounts;
+  count(account, std::size_t{0} - 1);
   accounts_.erase(id);
 }
 
@@ -86,52 +145,88 @@ void Ledger::resize(Id id, std::size_t max, std::size_t base) {
   Account changed = account;
   changed.max = max;
   changed.base = base;
-  const std::size_t others = committed_ - account.committed();
-  const std::size_t spare = less(less(capacity_, outside_), others);
-  // What is lent out may be less than what is given up here, and still more than there is.
-  if (changed.committed() > account.committed() && changed.committed() > spare) {
-    refuse_base(base, spare, capacity_);
+  require_within(account.partition, max);
+  for (const PartitionId partition : {kDevice, account.partition}) {
+    // What is lent out may be less than what is given up here, and still more than there is.
+    if (changed.committed() <= account.committed()) break;
+    const std::size_t others = find_partition(partition).committed - account.committed();
+    const std::size_t spare = less(limit(partition), others);
+    if (changed.committed() > spare) require_uncommitted(partition, base, spare);
   }
   replace(account, changed);
 }
 
-std::size_t Ledger::taken_from(Id id) const {
+void Ledger::assign(Id id, PartitionId partition) {
+  Account& account = find(id);
+  if (account.partition == partition) return;
+  require_within(partition, account.max);
+  if (partition != kDevice) {
+    require_uncommitted(partition, account.committed(), uncommitted(partition));
+  }
+  Account changed = account;
+  changed.partition = partition;
+  ++partitions_.at(partition).accounts;
+  --partitions_.at(account.partition).accounts;
+  replace(account, changed);
+}
+
+// Room -------------------------------------------------------------------------------------------
+
+std::size_t Ledger::taken_from(Id id, PartitionId partition) const {
   const Account& account = this->account(id);
-  std::size_t taken = outside_ + account.resident;
+  std::size_t taken = account.resident;
   for (const auto& [other, held] : accounts_) {
-    if (other != id) taken += guarded(held, account.tier);
+    const bool is_counted = partition == kDevice || held.partition == partition;
+    if (other != id && is_counted) taken += guarded(held, account.tier);
   }
   return taken;
 }
 
+// What the account holds beyond its base is a loan wherever it exceeds what is uncommitted, and all
+// loans together need their place in host memory.
 std::size_t Ledger::allowance(Id id) const {
   const Account& account = this->account(id);
-  return account.committed() - account.resident + uncommitted() + evictable(false);
+  const std::size_t own = account.committed() - account.resident;
+  const std::size_t places = evictable(false);
+  const std::size_t on_device = uncommitted();
+  if (account.partition == kDevice) return own + on_device + places;
+  const std::size_t within = uncommitted(account.partition);
+  const std::size_t first = std::min(on_device, within);
+  const std::size_t then = std::max(on_device, within) - first;
+  return own + first + (places <= then ? places : then + (places - then) / 2);
+}
+
+std::size_t Ledger::free_in_partition(Id id) const {
+  const PartitionId partition = account(id).partition;
+  return less(limit(partition), taken_from(id, partition));
 }
 
 std::size_t Ledger::free_for(Id id) const {
-  return std::min(less(capacity_, taken_from(id)), allowance(id));
+  return std::min(
+      {less(limit(kDevice), taken_from(id, kDevice)), free_in_partition(id), allowance(id)});
+}
+
+std::size_t Ledger::missing_in(Id id, PartitionId partition, std::size_t bytes) const {
+  return less(bytes + taken_from(id, partition), limit(partition));
 }
 
 std::size_t Ledger::shortage(Id id, std::size_t bytes) const {
-  return std::max(less(bytes + taken_from(id), capacity_), less(bytes, allowance(id)));
+  return std::max(missing_in(id, kDevice, bytes), less(bytes, allowance(id)));
 }
 
-std::size_t Ledger::uncommitted() const {
-  return less(less(capacity_, outside_), committed_);
-}
-
-std::size_t Ledger::lent() const {
-  return less(committed_, less(capacity_, outside_));
+std::size_t Ledger::shortage_in_partition(Id id, std::size_t bytes) const {
+  return missing_in(id, account(id).partition, bytes);
 }
 
 std::size_t Ledger::evictable(bool of_loans) const {
-  return less(host_limit_, evicted_ + moving_ + (of_loans ? 0 : lent()));
+  std::size_t taken = evicted_ + moving_;
+  for (const auto& [id, partition] : partitions_) taken += of_loans ? 0 : lent(id);
+  return less(host_limit_, taken);
 }
 
 std::size_t Ledger::spare(Id holder, Id id) const {
   const Account& held = account(holder);
-  const Account without{held.max, held.base, held.tier, 0, 0};
+  const Account without{held.max, held.base, held.tier, held.partition, 0, 0};
   const Tier tier = account(id).tier;
   return guarded(held, tier) - guarded(without, tier);
 }
@@ -191,34 +286,50 @@ void Ledger::reserve_host(std::size_t bytes) {
   moving_ += bytes;
 }
 
-void Ledger::check_invariants() const {
+void Ledger::check_partition(PartitionId id, const Partition& partition) const {
+  std::size_t accounts = 0;
   std::size_t committed = 0;
   std::size_t resident = 0;
-  std::size_t evicted = 0;
   std::map<Tier, std::size_t> committed_by_tier;
   std::map<Tier, std::size_t> resident_by_tier;
-  for (const auto& [id, account] : accounts_) {
-    require(account.base <= account.max, "base <= max");
-    require(account.held() <= account.max, "resident and evicted <= max");
+  for (const auto& [other, account] : accounts_) {
+    accounts += account.partition == id ? 1 : 0;
+    if (id != kDevice && account.partition != id) continue;
     committed += account.committed();
     resident += account.resident;
-    evicted += account.evicted;
     committed_by_tier[account.tier] += account.committed();
     resident_by_tier[account.tier] += account.resident;
   }
-  require(committed == committed_, "committed is the sum of max(base, resident)");
-  require(resident == resident_, "resident is the sum over the accounts");
-  require(evicted == evicted_ && evicted_ <= host_limit_, "evicted is the sum, within its limit");
-  require(resident_ <= capacity_, "the sum of resident <= capacity");
-  require(outside_ > 0 || evicted_ + lent() <= host_limit_, "what is lent can be evicted");
+  require(accounts == partition.accounts, "accounts of a partition are counted");
+  require(committed == partition.committed, "committed is the sum of max(base, resident)");
+  require(resident == partition.resident, "resident is the sum over the accounts");
+  require(resident <= partition.limit, "the sum of resident is within the limit");
   for (const auto& [tier, bytes] : committed_by_tier) {
     std::size_t protected_bytes = bytes;
     for (const auto& [other, held] : resident_by_tier) {
       if (other > tier) protected_bytes += held;
     }
-    require(protected_bytes <= capacity_,
-            "what a tier commits and higher ones hold <= capacity: bases can be claimed");
+    require(protected_bytes <= partition.limit,
+            "what a tier commits and higher ones hold is within the limit: bases can be claimed");
   }
+}
+
+void Ledger::check_invariants() const {
+  std::size_t evicted = 0;
+  for (const auto& [id, account] : accounts_) {
+    require(account.base <= account.max, "base <= max");
+    require(account.held() <= account.max, "resident and evicted <= max");
+    require(account.partition == kDevice || account.max <= limit(account.partition),
+            "max is within the partition's limit");
+    evicted += account.evicted;
+  }
+  std::size_t lent = 0;
+  for (const auto& [id, partition] : partitions_) {
+    check_partition(id, partition);
+    lent += this->lent(id);
+  }
+  require(evicted == evicted_ && evicted_ <= host_limit_, "evicted is the sum, within its limit");
+  require(outside_ > 0 || evicted_ + lent <= host_limit_, "what is lent can be evicted");
 }
 
 }  // namespace pgk

@@ -9,6 +9,10 @@
 // can get it back by evicting them. So for every tier, what its accounts commit and what those of
 // higher tiers hold never exceeds the capacity; and as much host memory as is lent stays free for
 // the way back.
+//
+// A partition is a part of the accounts with a limit of its own, within which all of that holds as
+// well: their bases fit into it, what they hold of the device together never exceeds it, and what
+// one of them does not use of its base is lent to the others.
 #pragma once
 
 #include <cstddef>
@@ -22,10 +26,15 @@ namespace pgk {
 class Ledger {
  public:
   using Id = std::uint64_t;
+  using PartitionId = std::uint64_t;
+  // The partition of all accounts, whose limit is the capacity.
+  static constexpr PartitionId kDevice = 0;
+
   struct Account {
     std::size_t max = 0;
     std::size_t base = 0;
     Tier tier = Tier::burstable;
+    PartitionId partition = kDevice;
     std::size_t resident = 0;
     std::size_t evicted = 0;
     std::size_t committed() const { return base > resident ? base : resident; }
@@ -34,18 +43,25 @@ class Ledger {
 
   // Without host memory nothing can be evicted, and so nothing is lent.
   explicit Ledger(std::size_t capacity, std::size_t host_limit = 0)
-      : capacity_(capacity), host_limit_(host_limit) {}
+      : capacity_(capacity), host_limit_(host_limit), partitions_{{kDevice, {capacity, 0, 0, 0}}} {}
 
   // How much of the capacity others than the accounts have taken.
   void set_outside(std::size_t bytes) { outside_ = bytes; }
 
-  // Throws ErrorCode::admission if `base` does not fit into what is not committed.
-  Id open(std::size_t max, std::size_t base, Tier tier);
+  PartitionId open_partition(std::size_t limit);
+  // It must have no accounts.
+  void close_partition(PartitionId partition);
+
+  // Throws ErrorCode::admission if `base` does not fit into what is not committed,
+  // ErrorCode::invalid_value if `max` is above the partition's limit.
+  Id open(std::size_t max, std::size_t base, Tier tier, PartitionId partition = kDevice);
   // The account must hold nothing.
   void close(Id id);
   // Throws ErrorCode::admission as `open` does, ErrorCode::invalid_value if the account already
   // holds more than the new `max`. On an error nothing has changed.
   void resize(Id id, std::size_t max, std::size_t base);
+  // Moves the account to another partition. Throws as open() does, with what it commits as base.
+  void assign(Id id, PartitionId partition);
 
   // Throw ErrorCode::out_of_memory if `bytes` exceeds room(id), or restorable(id).
   void charge(Id id, std::size_t bytes);
@@ -69,41 +85,60 @@ class Ledger {
   // where others hold what is the account's.
   std::size_t free_for(Id id) const;
   std::size_t shortage(Id id, std::size_t bytes) const;
+  // The same within the account's partition: it takes others of the partition to mend that.
+  std::size_t free_in_partition(Id id) const;
+  std::size_t shortage_in_partition(Id id, std::size_t bytes) const;
   // The most that free_for(id) can become while others are evicted.
   std::size_t allowance(Id id) const;
   // By how much free_for(id) would grow if `holder` gave up all that its base does not keep from
   // it.
   std::size_t spare(Id holder, Id id) const;
   // Bytes that are neither reserved nor held.
-  std::size_t uncommitted() const;
+  std::size_t uncommitted(PartitionId partition = kDevice) const;
   // Bytes of bases that others hold.
-  std::size_t lent() const;
+  std::size_t lent(PartitionId partition = kDevice) const;
   // Bytes that can be evicted: what is lent must still find its place, unless it is that.
   std::size_t evictable(bool of_loans) const;
+  std::size_t limit(PartitionId partition) const;
+  // What its accounts hold of the device.
+  std::size_t resident(PartitionId partition) const { return find_partition(partition).resident; }
   std::size_t evicted() const { return evicted_; }
   std::size_t capacity() const { return capacity_; }
   std::size_t host_limit() const { return host_limit_; }
-  std::size_t resident() const { return resident_; }
+  std::size_t resident() const { return resident(kDevice); }
   const Account& account(Id id) const;
 
   // Throws ErrorCode::internal.
   void check_invariants() const;
 
  private:
+  struct Partition {
+    std::size_t limit = 0;
+    std::size_t committed = 0;
+    std::size_t resident = 0;
+    std::size_t accounts = 0;
+  };
+
   Account& find(Id id);
+  const Partition& find_partition(PartitionId id) const;
+  void count(const Account& account, std::size_t sign);
   void replace(Account& account, const Account& changed);
   void shift(Id id, std::size_t resident, std::size_t evicted);
-  std::size_t taken_from(Id id) const;
+  std::size_t taken_from(Id id, PartitionId partition) const;
+  std::size_t missing_in(Id id, PartitionId partition, std::size_t bytes) const;
+  void require_within(PartitionId partition, std::size_t max) const;
+  void require_uncommitted(PartitionId partition, std::size_t base, std::size_t uncommitted) const;
+  void check_partition(PartitionId id, const Partition& partition) const;
 
   std::size_t capacity_;
   std::size_t host_limit_;
   std::size_t outside_ = 0;
-  std::size_t committed_ = 0;
-  std::size_t resident_ = 0;
   std::size_t evicted_ = 0;
   std::size_t moving_ = 0;
   Id next_ = 1;
   std::map<Id, Account> accounts_;
+  PartitionId next_partition_ = kDevice + 1;
+  std::map<PartitionId, Partition> partitions_;
 };
 
 }  // namespace pgk

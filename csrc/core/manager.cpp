@@ -24,21 +24,6 @@ constexpr std::size_t kPagesPerBudget = 64;
 constexpr std::size_t kRangePerCapacity = 2;
 constexpr std::size_t kSegmentsPerCapacity = 1;
 
-// Guaranteed work first, best effort last, as far as the device tells them apart.
-int priority_of(Tier tier, const Device& device) {
-  const int least = device.properties().least_priority;
-  const int greatest = device.properties().greatest_priority;
-  switch (tier) {
-    case Tier::guaranteed:
-      return greatest;
-    case Tier::burstable:
-      return least + (greatest - least) / 2;
-    case Tier::best_effort:
-      break;
-  }
-  return least;
-}
-
 // Blocks that outlive their manager must still find their context by address, and be valid.
 void keep_forever(const std::shared_ptr<Device>& device, std::shared_ptr<Context> context) {
   static std::mutex mutex;
@@ -64,6 +49,7 @@ Manager::Manager(std::shared_ptr<Device> device, ThreadStreams* thread_streams,
               device_->properties().can_move ? host_limit : std::size_t{0}),
       pool_(*device_),
       host_pool_(device_, ledger_.host_limit()),
+      shares_(device_->properties().processor_groups),
       claim_timeout_(claim_timeout) {}
 
 Manager::~Manager() {
@@ -121,18 +107,6 @@ void Manager::validate(const ContextSpec& spec) const {
   }
 }
 
-// Runs what may be refused, and says who was refused and what the device had to do with it.
-template <typename Step>
-auto Manager::on_behalf_of(const std::string& name, Step step) {
-  try {
-    return step();
-  } catch (const Error& error) {
-    throw Error(error.code(),
-                "context '" + name + "': " + error.what() +
-                    (device_said_.empty() ? "" : "; the device said: " + device_said_));
-  }
-}
-
 std::shared_ptr<Context> Manager::create_context(const ContextSpec& spec) {
   const auto require_possible = [&] {
     require_usable();
@@ -144,39 +118,48 @@ std::shared_ptr<Context> Manager::create_context(const ContextSpec& spec) {
     }
     validate(spec);
   };
+  std::shared_ptr<Partition> partition;
   until_settled([&]() -> std::optional<EventId> {
     require_possible();
+    partition = find_partition(spec.partition);
     refresh_outside();
-    reclaim_for_base(spec.base, nullptr);
-    return ledger_.uncommitted() < spec.base ? first_retired() : std::nullopt;
+    return make_room_for_base(spec.base, partition ? partition->account : Ledger::kDevice, nullptr);
   });
   const std::lock_guard lock(mutex_);
   require_possible();  // again: others may have come in between
+  partition = find_partition(spec.partition);
   device_said_.clear();
   collect_orphans();
   refresh_outside();
 
-  const auto account =
-      on_behalf_of(spec.name, [&] { return ledger_.open(spec.max, spec.base, spec.tier); });
+  const std::string who =
+      "context '" + spec.name + "'" + (partition ? " in partition '" + partition->id + "'" : "");
+  const auto account = on_behalf_of(who, [&] {
+    return ledger_.open(spec.max, spec.base, spec.tier,
+                        partition ? partition->account : Ledger::kDevice);
+  });
   ScopeExit close_account([&] { ledger_.close(account); });
 
   const std::size_t page = page_bytes_for(spec.max);
-  on_behalf_of(spec.name, [&] { pool_.fill(page, spec.base / page, promised()); });
+  on_behalf_of(who, [&] { pool_.fill(page, spec.base / page, promised()); });
 
   const std::size_t segments =
       round_up(kSegmentsPerCapacity * ledger_.capacity(), AddressTable::kUnit);
   const std::size_t range =
       round_up(kRangePerCapacity * ledger_.capacity(), AddressTable::kUnit) + segments;
   const Address address =
-      on_behalf_of(spec.name, [&] { return device_->reserve(range, AddressTable::kUnit); });
+      on_behalf_of(who, [&] { return device_->reserve(range, AddressTable::kUnit); });
   ScopeExit unreserve([&] { device_->unreserve(address, range); });
-  const StreamId stream = on_behalf_of(
-      spec.name, [&] { return device_->create_stream(priority_of(spec.tier, *device_)); });
+  const ProcessorSet processors =
+      partition && partition->share ? shares_.set(*partition->share) : shares_.left();
+  const StreamId stream =
+      on_behalf_of(who, [&] { return device_->create_stream(priority_of(spec.tier), processors); });
   ScopeExit destroy_stream([&] { device_->destroy_stream(stream); });
 
   auto context = std::make_shared<Context>(
       shared_from_this(), spec, account, page, static_cast<std::uint32_t>(range / page),
-      static_cast<std::uint32_t>(segments / page), address, stream);
+      static_cast<std::uint32_t>(segments / page), address, stream, processors);
+  context->partition_ = std::move(partition);
   if (!AddressTable::set(address, range, address + range - segments, context.get())) {
     throw Error(ErrorCode::device,
                 "context '" + spec.name + "': the device reserved addresses beyond 47 bits");
@@ -219,11 +202,13 @@ void Manager::destroy_context(Context& context) {
     context.state_ = Context::State::orphan;
     context.manager_of_orphan_ = shared_from_this();
     drop_reservation(context);
+    ledger_.assign(context.id(), Ledger::kDevice);
   }
   const auto it = std::find_if(contexts_.begin(), contexts_.end(),
                                [&](const auto& entry) { return entry.get() == &context; });
   orphans_.push_back(std::move(*it));
   contexts_.erase(it);
+  release(std::exchange(context.partition_, nullptr));
   collect_orphans();
   trim_pool();
   aim_host_pool();
@@ -255,7 +240,7 @@ void Manager::resize_context(Context& context, std::size_t max, std::size_t base
       const ContextLock context_lock(context.mutex_);
       require_live(context);
       device_said_.clear();
-      validate({context.name(), max, base, context.tier()});
+      validate({context.name(), max, base, context.tier(), {}});
       if (max < page) {
         throw Error(ErrorCode::invalid_value,
                     "context '" + context.name() + "' was created with pages of " +
@@ -269,8 +254,7 @@ void Manager::resize_context(Context& context, std::size_t max, std::size_t base
       missing = base > committed ? base - committed : 0;
     }
     refresh_outside();
-    reclaim_for_base(missing, &context);
-    return ledger_.uncommitted() < missing ? first_retired() : std::nullopt;
+    return make_room_for_base(missing, ledger_.account(context.id()).partition, &context);
   });
 
   const Blocking blocking;
@@ -281,14 +265,15 @@ void Manager::resize_context(Context& context, std::size_t max, std::size_t base
   device_said_.clear();
   require_fit();  // again: others may have allocated in between
   const Ledger::Account before = ledger_.account(context.id());
-  on_behalf_of(context.name(), [&] { ledger_.resize(context.id(), max, base); });
+  const std::string who = "context '" + context.name() + "'";
+  on_behalf_of(who, [&] { ledger_.resize(context.id(), max, base); });
   ScopeExit undo([&] { ledger_.resize(context.id(), before.max, before.base); });
   // By now it is promised; what others have lent is not there.
   const std::size_t added = unfilled_pages(context, base) - unfilled_pages(context, before.base);
   if (base > before.base && added > 0) {
     HandlePool::Keep others = promised();
     others[page] -= added;
-    on_behalf_of(context.name(), [&] { pool_.fill(page, added, others); });
+    on_behalf_of(who, [&] { pool_.fill(page, added, others); });
   }
   undo.dismiss();
   aim_host_pool();

@@ -21,6 +21,7 @@
 #include "core/handle_pool.h"
 #include "core/host_pool.h"
 #include "core/ledger.h"
+#include "core/partition.h"
 #include "device/device.h"
 
 namespace pgk {
@@ -29,6 +30,7 @@ namespace pgk {
 struct Usage {
   std::uint64_t id = 0;
   std::string name;
+  std::string partition;
   Tier tier = Tier::burstable;
   bool orphan = false;
   std::size_t used = 0;
@@ -112,6 +114,28 @@ class Manager : public std::enable_shared_from_this<Manager> {
   // contexts for what of `bytes` the device still lacks. Returns whether anything came of it.
   bool give_way(std::size_t bytes);
 
+  // For PartitionManager. Contexts without a partition that has a share run on the processors that
+  // no partition has; on all, if there are none left. A context gets its stream there at once, or
+  // if it is in use, when it is entered anew.
+  std::shared_ptr<Partition> create_partition(const std::shared_ptr<const PartitionConfig>& config,
+                                              const std::string& id, const std::string& name,
+                                              const PartitionLimits& limits);
+  void remove_partition(const std::shared_ptr<Partition>& partition);
+  void abandon_partitions(const std::shared_ptr<const PartitionConfig>& config);
+  std::vector<std::shared_ptr<Partition>> partitions(
+      const std::shared_ptr<const PartitionConfig>& config) const;
+  // Null takes it out of its partition. Throws ErrorCode::busy while it has open sessions,
+  // ::admission or ::invalid_value if it does not fit; nothing has changed then.
+  void assign(Context& context, const std::shared_ptr<Partition>& partition);
+  PartitionUsage partition_usage(const Partition& partition) const;
+  // The share of the processors that no partition has; and whether none are left for contexts
+  // without one.
+  double available_compute() const;
+  bool is_divided_up() const;
+  // A stream for captures, whose kernels stay on the processors of the stream that they were
+  // captured on; kNoStream if the context may run on all.
+  StreamId capture_stream(Context& context);
+
   // Throws ErrorCode::context_destroyed if nothing of the context is left.
   Usage usage(const Context& context);
   DeviceUsage device_usage();
@@ -121,6 +145,10 @@ class Manager : public std::enable_shared_from_this<Manager> {
   // Gives free pages and pooled handles that no reservation needs back to the device, once the
   // work that may use them is done. Returns the bytes given back.
   std::size_t trim();
+  // Gives back all that no live block needs, once no context lives: whoever still has this object
+  // shall not keep memory by that.
+  void shut_down();
+  bool is_shut_down() const;
   const std::shared_ptr<Device>& device() const { return device_; }
   ThreadStreams* thread_streams() const { return thread_streams_; }
 
@@ -147,6 +175,12 @@ class Manager : public std::enable_shared_from_this<Manager> {
   class Stopped;
   struct Need;
   struct Round;
+  // What others must give up: anybody, and those of the claimant's partition.
+  struct Missing {
+    std::size_t bytes = 0;
+    std::size_t of_mates = 0;
+    bool is_none() const { return bytes == 0 && of_mates == 0; }
+  };
   // A context as far as others may want something of it.
   struct Standing {
     Holder holder;           // with all of its live pages as spare
@@ -156,6 +190,7 @@ class Manager : public std::enable_shared_from_this<Manager> {
   // What others could give to a claimant.
   struct Survey {
     std::size_t cached = 0;  // bytes in pages without live blocks
+    std::size_t cached_by_mates = 0;
     std::vector<Holder> holders;
   };
 
@@ -165,8 +200,17 @@ class Manager : public std::enable_shared_from_this<Manager> {
   void validate(const ContextSpec& spec) const;
   std::size_t page_bytes_for(std::size_t max) const;
   void require_usable() const;
+  // Runs what may be refused, and says who was refused and what the device had to do with it.
   template <typename Step>
-  auto on_behalf_of(const std::string& name, Step step);
+  auto on_behalf_of(const std::string& who, Step step) {
+    try {
+      return step();
+    } catch (const Error& error) {
+      throw Error(error.code(),
+                  who + ": " + error.what() +
+                      (device_said_.empty() ? "" : "; the device said: " + device_said_));
+    }
+  }
 
   void until_settled(const std::function<std::optional<EventId>()>& step);
 
@@ -185,7 +229,10 @@ class Manager : public std::enable_shared_from_this<Manager> {
   std::optional<EventId> first_retired() const;
   void reclaim(const std::function<std::size_t()>& missing,
                const std::function<std::size_t(const Context&)>& spare, const Context* except);
-  void reclaim_for_base(std::size_t base, const Context* except);
+  void reclaim_for(const Context& context, std::size_t bytes);
+  std::optional<EventId> make_room_for_base(std::size_t base, Ledger::PartitionId partition,
+                                            const Context* except);
+  void reclaim_for_base(std::size_t base, Ledger::PartitionId partition, const Context* except);
   void drop_reservation(Context& context);
   bool dismantle(Context& orphan);
   void collect_orphans();
@@ -206,8 +253,8 @@ class Manager : public std::enable_shared_from_this<Manager> {
   std::size_t obtainable(const Context& claimant, bool of_base,
                          const std::vector<Standing>& standings) const;
   void wait_until_still(Lock& lock, const Context& context);
-  std::size_t missing_of(const Need& need);
-  std::vector<Eviction> plan(const Need& need, std::size_t missing, const Stopped& stopped,
+  Missing missing_of(const Need& need);
+  std::vector<Eviction> plan(const Need& need, const Missing& missing, const Stopped& stopped,
                              std::string& why) const;
   bool choose_outs(const std::vector<Eviction>& plan, Stopped& stopped, Round& round);
   void add_outs(Context& context, std::size_t count, Round& round);
@@ -226,8 +273,22 @@ class Manager : public std::enable_shared_from_this<Manager> {
   bool ask(Context& context, std::size_t bytes, std::size_t available);
   std::string host_memory_is_full() const;
   std::string holdings(const DeviceUsage& device) const;
+  std::string in_partition(const std::string& id) const;
   [[noreturn]] void refuse_restore(Context& context, const std::string& why,
                                    ErrorCode code = ErrorCode::out_of_memory);
+
+  // Partitions: with the manager's lock.
+  std::shared_ptr<Partition> find_partition(const std::string& id) const;
+  std::vector<std::string> members(const Partition& partition) const;
+  void close_partition(const Partition& partition);
+  void release(const std::shared_ptr<Partition>& partition);
+  ProcessorSet processors(const Partition& partition) const;
+  ProcessorSet processors_of(const Context& context) const;
+  void confine_all();
+  void confine(Context& context);
+  void replace_stream(Context& context);
+  StreamId stream_on(Context& context, ProcessorSet processors, bool for_captures);
+  int priority_of(Tier tier) const;
 
   Usage usage_of(const Context& context, const std::vector<Standing>& standings) const;
   std::size_t protected_bytes(const Context& context) const;
@@ -242,6 +303,8 @@ class Manager : public std::enable_shared_from_this<Manager> {
   Ledger ledger_;
   HandlePool pool_;
   HostPool host_pool_;
+  ProcessorShares shares_;
+  std::vector<std::shared_ptr<Partition>> partitions_;
   const std::chrono::nanoseconds claim_timeout_;
   std::shared_ptr<PressureHandler> pressure_handler_;
   std::size_t stopped_contexts_ = 0;
@@ -253,6 +316,7 @@ class Manager : public std::enable_shared_from_this<Manager> {
   Context::Counters gone_;          // of contexts of which nothing is left
   std::size_t peak_with_gone_ = 0;  // the sum of the peaks when one of those went
   bool forked_ = false;
+  bool shut_down_ = false;
 };
 
 }  // namespace pgk

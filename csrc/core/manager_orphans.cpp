@@ -41,13 +41,14 @@ bool Manager::dismantle(Context& orphan) {
   const ContextLock lock(orphan.mutex_);
   const std::size_t range = orphan.arena_.page_count() * orphan.page_bytes();
   try {
-    // The stream first: its work may still use the pages.
-    if (orphan.arena_.live_blocks() == 0 && orphan.stream_ != kNoStream) {
-      const StreamId stream = orphan.stream_;
+    // The streams first: their work may still use the pages.
+    while (orphan.arena_.live_blocks() == 0 && !orphan.own_streams_.empty()) {
+      const StreamId stream = orphan.own_streams_.back().id;
       device_->destroy_stream(stream);
       // It was idle: nothing may still use what was freed in its order.
       std::replace(orphan.lanes_.begin(), orphan.lanes_.end(), stream, kNoStream);
-      orphan.stream_ = kNoStream;
+      orphan.own_streams_.pop_back();
+      if (stream == orphan.stream_) orphan.stream_ = kNoStream;
     }
     orphan.settle_fences();
     collect_retired(orphan);
@@ -76,6 +77,17 @@ bool Manager::dismantle(Context& orphan) {
   ledger_.close(orphan.id());
   orphan.manager_of_orphan_.reset();
   return true;
+}
+
+void Manager::shut_down() {
+  trim();
+  const std::lock_guard lock(mutex_);
+  shut_down_ = true;
+}
+
+bool Manager::is_shut_down() const {
+  const std::lock_guard lock(mutex_);
+  return shut_down_;
 }
 
 // Fork -----------------------------------------------------------------------------------------

@@ -120,9 +120,7 @@ bool Manager::grow(Context& context, std::uint32_t granules, Arena::Lane lane) {
       const bool of_base = account.resident + bytes <= account.base;
       // Others keep what would not suffice.
       if (obtainable(context, of_base, standings(&context)) >= bytes) {
-        reclaim([&] { return ledger_.shortage(context.id(), plan->count * page); },
-                [&](const Context& other) { return ledger_.spare(other.id(), context.id()); },
-                &context);
+        reclaim_for(context, bytes);
       }
     }
     return short_of_room() == 0;
@@ -357,19 +355,36 @@ void Manager::reclaim(const std::function<std::size_t()>& missing,
   }
 }
 
+// The same so that the context can have `bytes` more, in its partition and on the device.
+void Manager::reclaim_for(const Context& context, std::size_t bytes) {
+  const Ledger::Id id = context.id();
+  const Ledger::PartitionId partition = ledger_.account(id).partition;
+  const auto spare = [&](const Context& other) { return ledger_.spare(other.id(), id); };
+  reclaim([&] { return ledger_.shortage_in_partition(id, bytes); },
+          [&](const Context& other) {
+            return ledger_.account(other.id()).partition == partition ? spare(other) : 0;
+          },
+          &context);
+  reclaim([&] { return ledger_.shortage(id, bytes); }, spare, &context);
+}
+
 // The same for a reservation, unless it would not suffice.
-void Manager::reclaim_for_base(std::size_t base, const Context* except) {
-  std::size_t reachable = ledger_.uncommitted();
+void Manager::reclaim_for_base(std::size_t base, Ledger::PartitionId partition,
+                               const Context* except) {
+  const auto is_counted = [&](const Context& context) {
+    return partition == Ledger::kDevice || ledger_.account(context.id()).partition == partition;
+  };
+  std::size_t reachable = ledger_.uncommitted(partition);
   for (const Context* context : all()) {
-    if (context == except) continue;
+    if (context == except || !is_counted(*context)) continue;
     const ContextLock lock(context->mutex_);
     reachable += ledger_.account(context->id()).committed() - protected_bytes(*context);
   }
   if (reachable < base) return;
-  reclaim([&] { return base - std::min(base, ledger_.uncommitted()); },
+  reclaim([&] { return base - std::min(base, ledger_.uncommitted(partition)); },
           [&](const Context& context) {
             const Ledger::Account& account = ledger_.account(context.id());
-            return account.committed() - account.base;
+            return is_counted(context) ? account.committed() - account.base : 0;
           },
           except);
 }

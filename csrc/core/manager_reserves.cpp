@@ -70,18 +70,34 @@ void Manager::refresh_outside() {
 
 // As much host memory as the contexts could need if all used their budgets.
 void Manager::aim_host_pool() {
-  std::size_t budgets = 0;
-  for (const auto& context : contexts_) budgets += ledger_.account(context->id()).max;
-  const std::size_t capacity = ledger_.capacity();
+  std::map<Ledger::PartitionId, std::size_t> budgets;
+  for (const auto& context : contexts_) {
+    const Ledger::Account& account = ledger_.account(context->id());
+    budgets[Ledger::kDevice] += account.max;
+    if (account.partition != Ledger::kDevice) budgets[account.partition] += account.max;
+  }
+  const auto excess = [&](Ledger::PartitionId id) {
+    return budgets[id] - std::min(budgets[id], ledger_.limit(id));
+  };
   HostPool::Counts counts;
-  if (budgets > capacity) {
-    for (const auto& context : contexts_) {
-      const Ledger::Account& account = ledger_.account(context->id());
-      const std::size_t beyond = std::min(account.max - account.base, budgets - capacity);
-      counts[context->page_bytes()] += beyond / context->page_bytes();
-    }
+  for (const auto& context : contexts_) {
+    const Ledger::Account& account = ledger_.account(context->id());
+    const std::size_t beyond = std::min(
+        account.max - account.base, std::max(excess(Ledger::kDevice), excess(account.partition)));
+    counts[context->page_bytes()] += beyond / context->page_bytes();
   }
   host_pool_.aim_for(std::move(counts));
+}
+
+// For a base in a partition: others' free pages, and what to wait for until it fits.
+std::optional<EventId> Manager::make_room_for_base(std::size_t base, Ledger::PartitionId partition,
+                                                   const Context* except) {
+  bool is_short = false;
+  for (const Ledger::PartitionId id : {Ledger::kDevice, partition}) {
+    reclaim_for_base(base, id, except);
+    is_short |= ledger_.uncommitted(id) < base;
+  }
+  return is_short ? first_retired() : std::nullopt;
 }
 
 std::size_t Manager::trim() {

@@ -22,74 +22,6 @@ thread_local bool in_pressure_handler = false;
 
 }  // namespace
 
-// Surveying --------------------------------------------------------------------------------------
-
-// What keeps the context where it is: its own sessions, or those of a declared consumer.
-bool Manager::is_used(const Context& context) const {
-  return context.sessions() > 0 ||
-         std::any_of(context.consumers_.begin(), context.consumers_.end(), [](const auto& known) {
-           const auto consumer = known.lock();
-           return consumer != nullptr && consumer->sessions() > 0;
-         });
-}
-
-// Of all but `except`, whose lock the caller may hold, and those that others have stopped.
-std::vector<Manager::Standing> Manager::standings(const Context* except,
-                                                  const Stopped* stopped) const {
-  std::vector<Standing> standings;
-  for (const Context* context : all()) {
-    const bool is_others = stopped == nullptr || !stopped->contains(*context);
-    if (context == except || (context->is_moving() && is_others)) continue;
-    const ContextLock lock(context->mutex_);
-    const std::size_t idle_pages = context->idle_device_pages();
-    standings.push_back(
-        {.holder = {.id = context->id(),
-                    .tier = context->tier(),
-                    .orphan = context->state_ == Context::State::orphan,
-                    .active = is_used(*context),
-                    .last_use = context->last_use_.load(std::memory_order_relaxed),
-                    .spare = (context->device_pages() - idle_pages) * context->page_bytes(),
-                    .page = context->page_bytes()},
-         .cached = idle_pages * context->page_bytes(),
-         .is_pinned = context->pins_ > 0});
-  }
-  return standings;
-}
-
-// What the others could give to a claimant; without one, what best effort could give to memory
-// outside of contexts.
-Manager::Survey Manager::survey(const Context* claimant,
-                                const std::vector<Standing>& standings) const {
-  Survey survey;
-  const Tier tier = claimant == nullptr ? Tier::best_effort : claimant->tier();
-  for (const Standing& standing : standings) {
-    Holder holder = standing.holder;
-    if (claimant != nullptr && holder.id == claimant->id()) continue;
-    const Ledger::Account& account = ledger_.account(holder.id);
-    const std::size_t spare =
-        claimant == nullptr ? account.resident : ledger_.spare(holder.id, claimant->id());
-    const std::size_t cached = std::min(spare, standing.cached);
-    survey.cached += cached;
-    if (standing.is_pinned || (holder.tier > tier && !holder.orphan)) continue;
-    holder.spare = std::min(holder.spare, (spare - cached) / holder.page * holder.page);
-    survey.holders.push_back(holder);
-  }
-  return survey;
-}
-
-// Bytes that the claimant could be charged with, if the others gave way.
-std::size_t Manager::obtainable(const Context& claimant, bool of_base,
-                                const std::vector<Standing>& standings) const {
-  const Survey others = survey(&claimant, standings);
-  const std::size_t live =
-      evictable_bytes({claimant.tier(), of_base, 0}, others.holders, ledger_.evictable(of_base));
-  const std::size_t free = ledger_.free_for(claimant.id()) + others.cached + live;
-  // What others hold of the claimant's own comes first.
-  const std::size_t overdrawn = ledger_.shortage(claimant.id(), 0);
-  return std::min(free - std::min(free, overdrawn),
-                  ledger_.allowance(claimant.id()) + others.cached);
-}
-
 // Asking -----------------------------------------------------------------------------------------
 
 void Manager::set_pressure_handler(PressureHandler handler) {
@@ -113,20 +45,22 @@ bool Manager::ask(Context& context, std::size_t bytes, std::size_t available) {
 
 // Making room ------------------------------------------------------------------------------------
 
-std::size_t Manager::missing_of(const Need& need) {
+Manager::Missing Manager::missing_of(const Need& need) {
   if (need.claimant != nullptr) {
     refresh_outside();
-    return ledger_.shortage(need.claimant->id(), need.room);
+    const Ledger::Id id = need.claimant->id();
+    return {ledger_.shortage(id, need.room), ledger_.shortage_in_partition(id, need.room)};
   }
   trim_pool();
-  return need.room - std::min(need.room, device_->free_bytes());
+  return {need.room - std::min(need.room, device_->free_bytes()), 0};
 }
 
 // The contexts that have to give way, with the reason if that cannot be.
-std::vector<Eviction> Manager::plan(const Need& need, std::size_t missing, const Stopped& stopped,
-                                    std::string& why) const {
+std::vector<Eviction> Manager::plan(const Need& need, const Missing& missing,
+                                    const Stopped& stopped, std::string& why) const {
   const Survey others = survey(need.claimant, standings(need.claimant, &stopped));
-  std::vector<Eviction> plan = plan_eviction({need.tier(), need.of_base, missing}, others.holders);
+  std::vector<Eviction> plan =
+      plan_eviction({need.tier(), need.of_base, missing.bytes, missing.of_mates}, others.holders);
   const bool is_allowed =
       need.claimant == nullptr || need.room <= ledger_.allowance(need.claimant->id());
   std::size_t bytes = 0;
@@ -189,8 +123,8 @@ bool Manager::make_room(const Need& need, std::string& why) {
     bool is_chosen = false;
     {
       Lock lock(mutex_);
-      const std::size_t missing = missing_of(need);
-      if (missing == 0) return true;
+      const Missing missing = missing_of(need);
+      if (missing.is_none()) return true;
       const std::vector<Eviction> evictions = plan(need, missing, victims, why);
       if (evictions.empty()) {
         if (!await_others(lock, need, victims)) return false;
@@ -254,6 +188,7 @@ void Manager::admit(Context& context, bool keeps_active) {
   bring_back(context);
   const std::lock_guard lock(mutex_);
   require_open(context);
+  if ((context.sessions_.load() & Context::kMisplaced) != 0) replace_stream(context);
   if (keeps_active) context.sessions_.fetch_add(1, std::memory_order_acq_rel);
   context.last_use_.store(Context::next_use(), std::memory_order_relaxed);
   self.let_go();
@@ -280,17 +215,15 @@ void Manager::bring_back(Context& context) {
       }
       if (need.room == 0) return;
       need.of_base = account.resident + need.room <= account.base;
-      std::size_t missing = missing_of(need);
-      if (missing > 0 &&
+      Missing missing = missing_of(need);
+      if (!missing.is_none() &&
           obtainable(context, need.of_base, standings(&context, &victims)) >= need.room) {
-        reclaim([&] { return missing_of(need); },
-                [&](const Context& other) { return ledger_.spare(other.id(), context.id()); },
-                &context);
+        reclaim_for(context, need.room);
         missing = missing_of(need);
-        if (missing > 0) awaited = first_retired();
+        if (!missing.is_none()) awaited = first_retired();
       }
       std::vector<Eviction> evictions;
-      if (missing > 0 && !awaited) {
+      if (!missing.is_none() && !awaited) {
         evictions = plan(need, missing, victims, why);
         is_possible = !evictions.empty();
         if (!is_possible && await_others(lock, need, victims)) continue;

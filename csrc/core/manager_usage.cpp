@@ -41,6 +41,7 @@ Usage Manager::usage_of(const Context& context, const std::vector<Standing>& sta
   Usage usage;
   usage.id = context.id();
   usage.name = context.name();
+  if (context.partition_) usage.partition = context.partition_->id;
   usage.tier = context.tier();
   usage.orphan = context.state_ == Context::State::orphan;
   usage.used = context.arena_.used_bytes();
@@ -139,6 +140,16 @@ std::string Manager::holdings(const DeviceUsage& device) const {
   return text + ".";
 }
 
+std::string Manager::in_partition(const std::string& id) const {
+  const std::lock_guard lock(mutex_);
+  for (const auto& partition : partitions_) {
+    if (partition->id != id || !partition->limits.memory) continue;
+    return " Partition '" + id + "': " + format_bytes(ledger_.resident(partition->account)) +
+           " resident of " + format_bytes(*partition->limits.memory) + ".";
+  }
+  return "";
+}
+
 void Manager::refuse(Context& context, std::size_t bytes, const std::string& said) {
   {
     const ContextLock lock(context.mutex_);
@@ -157,6 +168,7 @@ void Manager::refuse(Context& context, std::size_t bytes, const std::string& sai
       "context '" + own.name + "' is out of memory: tried to allocate " + format_bytes(bytes) +
       " with " + format_bytes(own.used) + " of its budget of " + format_bytes(own.max) +
       " in use (" + format_bytes(own.resident) + " resident, peak " + format_bytes(own.peak) + ").";
+  if (!own.partition.empty()) text += in_partition(own.partition);
   if (!said.empty()) text += " Reason: " + said + ".";
   text += holdings(device);
   if (bytes <= own.available) {

@@ -17,7 +17,7 @@ class CudaDevice::Scope : public CudaScope {
 };
 
 CudaDevice::CudaDevice(int ordinal, std::size_t capacity)
-    : driver_(CudaDriver::get()), mappings_(driver_) {
+    : driver_(CudaDriver::get()), mappings_(driver_), processors_(driver_) {
   driver_.check(driver_.cuDeviceGet_fn(&ordinal_, ordinal), "cuDeviceGet");
   properties_.name = "cuda:" + std::to_string(ordinal);
 
@@ -46,6 +46,9 @@ CudaDevice::CudaDevice(int ordinal, std::size_t capacity)
   driver_.check(driver_.cuCtxGetStreamPriorityRange_fn(&properties_.least_priority,
                                                        &properties_.greatest_priority),
                 "cuCtxGetStreamPriorityRange");
+  processors_.divide(ordinal_);
+  properties_.processor_groups = processors_.groups();
+  properties_.why_undivided = properties_.name + ": " + processors_.why_undivided();
   prepare_moves();
 }
 
@@ -213,18 +216,22 @@ CUstream CudaDevice::find(StreamId stream) const {
   return handle_of(stream);
 }
 
-StreamId CudaDevice::do_create_stream(int priority) {
+StreamId CudaDevice::do_create_stream(int priority, ProcessorSet processors) {
   const Scope scope(*this);
   const std::lock_guard lock(mutex_);
   for (auto& [id, stream] : streams_) {
-    if (stream.in_use || stream.priority != priority) continue;
+    if (stream.in_use || stream.priority != priority || stream.processors != processors) continue;
     stream.in_use = true;
     return id;
   }
   CUstream handle = nullptr;
-  driver_.check(driver_.cuStreamCreateWithPriority_fn(&handle, CU_STREAM_NON_BLOCKING, priority),
-                "create_stream");
-  streams_.emplace(id_of(handle), Stream{priority, true});
+  if (processors == 0) {
+    driver_.check(driver_.cuStreamCreateWithPriority_fn(&handle, CU_STREAM_NON_BLOCKING, priority),
+                  "create_stream");
+  } else {
+    handle = processors_.create_stream(processors, priority);
+  }
+  streams_.emplace(id_of(handle), Stream{priority, processors, true});
   return id_of(handle);
 }
 

@@ -19,6 +19,7 @@
 #include "device/cuda_driver.h"
 #include "device/cuda_mappings.h"
 #include "device/cuda_mover.h"
+#include "device/cuda_processors.h"
 #include "device/device.h"
 
 namespace pgk {
@@ -67,7 +68,7 @@ class CudaDevice final : public Device, public std::enable_shared_from_this<Cuda
   void do_map(Address address, Handle handle) override;
   void do_unmap(Address address, Handle handle) override;
   void do_move(std::span<Move> moves, std::span<const StreamId> held) override;
-  StreamId do_create_stream(int priority) override;
+  StreamId do_create_stream(int priority, ProcessorSet processors) override;
   void do_destroy_stream(StreamId stream) override;
   void do_copy(Address destination, Address source, std::size_t bytes, StreamId stream) override;
   EventId do_record(StreamId stream) override;
@@ -85,6 +86,7 @@ class CudaDevice final : public Device, public std::enable_shared_from_this<Cuda
 
   struct Stream {
     int priority = 0;
+    ProcessorSet processors = 0;
     bool in_use = true;
   };
 
@@ -94,6 +96,7 @@ class CudaDevice final : public Device, public std::enable_shared_from_this<Cuda
   CUmemAllocationProp memory_{};
   std::vector<CUmemAllocationProp> host_memory_;  // the first that can be had
   CudaMappings mappings_;
+  CudaProcessors processors_;
   std::unique_ptr<CudaMover> mover_;  // null where moves are not possible
 
   mutable std::mutex mutex_;

@@ -27,16 +27,20 @@ CudaDriver load() {
   auto* find = reinterpret_cast<GetProcAddress>(::dlsym(library, "cuGetProcAddress_v2"));
   if (find == nullptr) missing("it is older than CUDA 12");
   CudaDriver driver;
-  const auto look_up = [find](const char* name, auto& function) {
+  const auto look_up = [find](const char* name, int version, auto& function) {
     void* address = nullptr;
-    if (find(name, &address, kApiVersion, CU_GET_PROC_ADDRESS_DEFAULT, nullptr) != CUDA_SUCCESS ||
-        address == nullptr) {
-      missing(std::string(name) + " is not in it");
+    if (find(name, &address, version, CU_GET_PROC_ADDRESS_DEFAULT, nullptr) != CUDA_SUCCESS) {
+      return false;
     }
     function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(address);
+    return address != nullptr;
   };
-#define PGK_LOOK_UP(name) look_up(#name, driver.name##_fn);
+#define PGK_LOOK_UP(name) \
+  if (!look_up(#name, kApiVersion, driver.name##_fn)) missing(#name " is not in it");
   PGK_CUDA_FUNCTIONS(PGK_LOOK_UP)
+#undef PGK_LOOK_UP
+#define PGK_LOOK_UP(name, version) look_up(#name, version, driver.name##_fn);
+  PGK_CUDA_LATER_FUNCTIONS(PGK_LOOK_UP)
 #undef PGK_LOOK_UP
   driver.check(driver.cuInit_fn(0), "cuInit");
   return driver;

@@ -61,6 +61,14 @@
   X(cuGraphUpload)                     \
   X(cuGraphLaunch)
 
+// Those that not every driver has, with the version of the driver API that brought them.
+#define PGK_CUDA_LATER_FUNCTIONS(X)     \
+  X(cuDeviceGetDevResource, 12040)      \
+  X(cuDevSmResourceSplitByCount, 12040) \
+  X(cuDevResourceGenerateDesc, 12040)   \
+  X(cuGreenCtxCreate, 12040)            \
+  X(cuGreenCtxStreamCreate, 12050)
+
 namespace pgk {
 
 struct CudaDriver {
@@ -72,6 +80,10 @@ struct CudaDriver {
 
 #define PGK_DECLARE(name) decltype(&::name) name##_fn = nullptr;
   PGK_CUDA_FUNCTIONS(PGK_DECLARE)
+#undef PGK_DECLARE
+  // Null where the driver lacks it.
+#define PGK_DECLARE(name, version) decltype(&::name) name##_fn = nullptr;
+  PGK_CUDA_LATER_FUNCTIONS(PGK_DECLARE)
 #undef PGK_DECLARE
 };
 

@@ -100,10 +100,15 @@ void Device::move(std::span<Move> moves, std::span<const StreamId> held) {
   if (!moves.empty()) do_move(moves, held);
 }
 
-StreamId Device::create_stream(int priority) {
+StreamId Device::create_stream(int priority, ProcessorSet processors) {
   begin(Call::create_stream);
+  const std::size_t groups = properties_.processor_groups.size();
+  if (groups < 64 && processors >> groups != 0) {
+    throw Error(ErrorCode::invalid_value, properties_.name + ": there are " +
+                                              std::to_string(groups) + " groups of processors");
+  }
   return do_create_stream(
-      std::clamp(priority, properties_.greatest_priority, properties_.least_priority));
+      std::clamp(priority, properties_.greatest_priority, properties_.least_priority), processors);
 }
 
 void Device::destroy_stream(StreamId stream) {

@@ -17,6 +17,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <vector>
 
 namespace pgk {
 
@@ -32,6 +33,9 @@ struct Handle {
 // Never 0.
 using StreamId = std::uint64_t;
 using EventId = std::uint64_t;
+
+// Some of the device's groups of processors, a bit for each. None stands for all.
+using ProcessorSet = std::uint64_t;
 
 // What tells somebody who sleeps that an event is done.
 using Alarm = std::function<void()>;
@@ -67,6 +71,10 @@ class Device {
     bool can_hold = false;        // move() can hold streams
     int least_priority = 0;       // of streams; lower numbers are more important
     int greatest_priority = 0;
+    // The processors of each group that streams can be confined to, at most 64 groups; if there are
+    // none, why.
+    std::vector<unsigned> processor_groups;
+    std::string why_undivided;
   };
 
   enum class Call : std::uint8_t {
@@ -119,8 +127,9 @@ class Device {
   // streams could not be held.
   void move(std::span<Move> moves, std::span<const StreamId> held = {});
 
-  // `priority` is clamped to the range in properties().
-  StreamId create_stream(int priority);
+  // `priority` is clamped to the range in properties(). Kernels that are launched on the stream, or
+  // captured on it, run on `processors` alone.
+  StreamId create_stream(int priority, ProcessorSet processors = 0);
   void destroy_stream(StreamId stream);
   // Both ends are mapped device memory or ordinary host memory, valid until the copy has run.
   void copy(Address destination, Address source, std::size_t bytes, StreamId stream);
@@ -169,7 +178,7 @@ class Device {
   virtual void do_map(Address address, Handle handle) = 0;
   virtual void do_unmap(Address address, Handle handle) = 0;
   virtual void do_move(std::span<Move> moves, std::span<const StreamId> held) = 0;
-  virtual StreamId do_create_stream(int priority) = 0;
+  virtual StreamId do_create_stream(int priority, ProcessorSet processors) = 0;
   virtual void do_destroy_stream(StreamId stream) = 0;
   virtual void do_copy(Address destination, Address source, std::size_t bytes, StreamId stream) = 0;
   virtual EventId do_record(StreamId stream) = 0;

@@ -100,12 +100,14 @@ std::size_t MemoryFile::committed_bytes() const {
   return static_cast<std::size_t>(status.st_blocks) * 512;
 }
 
-HostDevice::HostDevice(std::size_t capacity) {
+HostDevice::HostDevice(std::size_t capacity, std::vector<unsigned> processor_groups) {
   properties_.name = "host";
   properties_.is_host = true;
   properties_.can_move = true;
   properties_.capacity = capacity / kGranularity * kGranularity;
   properties_.granularity = kGranularity;
+  properties_.processor_groups = std::move(processor_groups);
+  properties_.why_undivided = "host: threads choose their processors, not streams";
   if (properties_.capacity == 0 || capacity > kLargestCapacity) {
     throw Error(ErrorCode::invalid_value,
                 "a capacity of " + format_bytes(capacity) + " is not between one page of " +

@@ -51,8 +51,9 @@ class HostDevice final : public Device {
 
   static constexpr std::size_t kLargestCapacity = std::size_t{512} << 30;
 
-  // `capacity` is rounded down to the granularity and must leave at least one page.
-  explicit HostDevice(std::size_t capacity);
+  // `capacity` is rounded down to the granularity and must leave at least one page. Groups of
+  // processors are for tests: streams only remember theirs.
+  explicit HostDevice(std::size_t capacity, std::vector<unsigned> processor_groups = {});
 
   bool is_done(EventId event) override { return timeline_.is_done(event); }
   bool is_idle(StreamId stream) override { return timeline_.is_idle(stream); }
@@ -68,6 +69,9 @@ class HostDevice final : public Device {
     timeline_.set_capturing(stream, capturing);
   }
 
+  // For tests: what the stream was confined to.
+  ProcessorSet processors(StreamId stream) { return timeline_.processors(stream); }
+
   // Bytes of host memory that the device occupies now, and what stands in for it.
   std::size_t committed_bytes() const { return memory_.committed_bytes(); }
   std::size_t backup_bytes() const { return backup_.committed_bytes(); }
@@ -81,7 +85,9 @@ class HostDevice final : public Device {
   void do_map(Address address, Handle handle) override;
   void do_unmap(Address address, Handle handle) override;
   void do_move(std::span<Move> moves, std::span<const StreamId> held) override;
-  StreamId do_create_stream(int /*priority*/) override { return timeline_.create_stream(); }
+  StreamId do_create_stream(int /*priority*/, ProcessorSet processors) override {
+    return timeline_.create_stream(processors);
+  }
   void do_destroy_stream(StreamId stream) override { timeline_.destroy_stream(stream); }
   void do_copy(Address destination, Address source, std::size_t bytes, StreamId stream) override {
     timeline_.copy(destination, source, bytes, stream);

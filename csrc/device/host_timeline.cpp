@@ -17,10 +17,15 @@ HostTimeline::Stream& HostTimeline::find(StreamId stream) {
   return it->second;
 }
 
-StreamId HostTimeline::create_stream() {
+StreamId HostTimeline::create_stream(ProcessorSet processors) {
   const std::lock_guard lock(mutex_);
-  streams_.emplace(next_stream_, Stream{});
+  streams_[next_stream_].processors = processors;
   return next_stream_++;
+}
+
+ProcessorSet HostTimeline::processors(StreamId stream) {
+  const std::lock_guard lock(mutex_);
+  return find(stream).processors;
 }
 
 void HostTimeline::destroy_stream(StreamId stream) {

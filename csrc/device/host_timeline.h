@@ -14,7 +14,7 @@ namespace pgk {
 
 class HostTimeline {
  public:
-  StreamId create_stream();
+  StreamId create_stream(ProcessorSet processors);
   // The stream's work must be done.
   void destroy_stream(StreamId stream);
   void copy(Address destination, Address source, std::size_t bytes, StreamId stream);
@@ -30,6 +30,7 @@ class HostTimeline {
   void hold(StreamId stream);
   void let_go(StreamId stream);
   void set_capturing(StreamId stream, bool capturing);
+  ProcessorSet processors(StreamId stream);
 
  private:
   // An event is the number of a piece of work: it is done when that piece and so, by the order
@@ -45,6 +46,7 @@ class HostTimeline {
     std::deque<Work> pending;
     bool held = false;
     bool capturing = false;
+    ProcessorSet processors = 0;
   };
 
   Stream& find(StreamId stream);

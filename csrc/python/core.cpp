@@ -21,7 +21,11 @@ void bind_ledger(py::module_& module) {
   py::class_<Ledger>(module, "Ledger")
       .def(py::init<std::size_t, std::size_t>(), py::arg("capacity"), py::arg("host_limit") = 0)
       .def("open", &Ledger::open, py::arg("max"), py::arg("base"),
-           py::arg_v("tier", Tier::burstable, "Tier.burstable"))
+           py::arg_v("tier", Tier::burstable, "Tier.burstable"),
+           py::arg("partition") = Ledger::kDevice)
+      .def("open_partition", &Ledger::open_partition, py::arg("limit"))
+      .def("close_partition", &Ledger::close_partition, py::arg("partition"))
+      .def("assign", &Ledger::assign, py::arg("account"), py::arg("partition"))
       .def("close", &Ledger::close, py::arg("account"))
       .def("resize", &Ledger::resize, py::arg("account"), py::arg("max"), py::arg("base"))
       .def("charge", &Ledger::charge, py::arg("account"), py::arg("bytes"))
@@ -33,14 +37,16 @@ void bind_ledger(py::module_& module) {
       .def("restorable", &Ledger::restorable, py::arg("account"))
       .def("free_for", &Ledger::free_for, py::arg("account"))
       .def("shortage", &Ledger::shortage, py::arg("account"), py::arg("bytes"))
+      .def("shortage_in_partition", &Ledger::shortage_in_partition, py::arg("account"),
+           py::arg("bytes"))
       .def("spare", &Ledger::spare, py::arg("holder"), py::arg("account"))
       .def("evictable", &Ledger::evictable, py::arg("of_loans"))
       .def("check_invariants", &Ledger::check_invariants)
       .def_property_readonly("capacity", &Ledger::capacity)
-      .def_property_readonly("resident", &Ledger::resident)
+      .def_property_readonly("resident", py::overload_cast<>(&Ledger::resident, py::const_))
       .def_property_readonly("evicted", &Ledger::evicted)
-      .def_property_readonly("lent", &Ledger::lent)
-      .def_property_readonly("uncommitted", &Ledger::uncommitted);
+      .def_property_readonly("lent", [](const Ledger& self) { return self.lent(); })
+      .def_property_readonly("uncommitted", [](const Ledger& self) { return self.uncommitted(); });
 }
 
 void bind_arena(py::module_& module) {
@@ -112,21 +118,24 @@ void bind_arena(py::module_& module) {
 void bind_eviction(py::module_& module) {
   py::class_<Holder>(module, "Holder")
       .def(py::init([](std::uint64_t id, Tier tier, bool orphan, bool active,
-                       std::uint64_t last_use, std::size_t spare, std::size_t page) {
-             return Holder{id, tier, orphan, active, last_use, spare, page};
+                       std::uint64_t last_use, std::size_t spare, std::size_t page, bool mate) {
+             return Holder{id, tier, orphan, active, mate, last_use, spare, page};
            }),
            py::arg("id"), py::arg("tier"), py::arg("orphan"), py::arg("active"),
-           py::arg("last_use"), py::arg("spare"), py::arg("page"));
+           py::arg("last_use"), py::arg("spare"), py::arg("page"), py::arg("mate") = true);
   module.def(
       "plan_eviction",
-      [](Tier tier, bool of_base, std::size_t bytes, std::vector<Holder> holders) {
+      [](Tier tier, bool of_base, std::size_t bytes, std::vector<Holder> holders,
+         std::size_t bytes_of_mates) {
         std::vector<std::tuple<std::uint64_t, std::size_t, bool>> plan;
-        for (const Eviction& step : plan_eviction({tier, of_base, bytes}, std::move(holders))) {
+        for (const Eviction& step :
+             plan_eviction({tier, of_base, bytes, bytes_of_mates}, std::move(holders))) {
           plan.emplace_back(step.id, step.bytes, step.active);
         }
         return plan;
       },
-      py::arg("tier"), py::arg("of_base"), py::arg("bytes"), py::arg("holders"));
+      py::arg("tier"), py::arg("of_base"), py::arg("bytes"), py::arg("holders"),
+      py::arg("bytes_of_mates") = 0);
 }
 
 }  // namespace

@@ -78,7 +78,12 @@ void bind_device(py::module_& module) {
             self.move(all, held);
           },
           py::arg("moves"), py::arg("held") = std::vector<StreamId>{}, Unlocked())
-      .def("create_stream", &Device::create_stream, py::arg("priority") = 0, Unlocked())
+      .def_property_readonly("processor_groups",
+                             [](const Device& self) { return self.properties().processor_groups; })
+      .def_property_readonly("why_undivided",
+                             [](const Device& self) { return self.properties().why_undivided; })
+      .def("create_stream", &Device::create_stream, py::arg("priority") = 0,
+           py::arg("processors") = 0, Unlocked())
       .def("destroy_stream", &Device::destroy_stream, py::arg("stream"), Unlocked())
       .def("copy", &Device::copy, py::arg("destination"), py::arg("source"), py::arg("bytes"),
            py::arg("stream"), Unlocked())
@@ -102,7 +107,9 @@ void bind_device(py::module_& module) {
       .def("count", &Device::count, py::arg("call"));
 
   py::class_<HostDevice, Device, std::shared_ptr<HostDevice>>(module, "HostDevice")
-      .def(py::init<std::size_t>(), py::arg("capacity"))
+      .def(py::init<std::size_t, std::vector<unsigned>>(), py::arg("capacity"),
+           py::arg("processor_groups") = std::vector<unsigned>{})
+      .def("processors", &HostDevice::processors, py::arg("stream"))
       .def("hold", &HostDevice::hold, py::arg("stream"))
       .def("let_go", &HostDevice::let_go, py::arg("stream"), Unlocked())
       .def("set_capturing", &HostDevice::set_capturing, py::arg("stream"), py::arg("capturing"))

@@ -40,6 +40,7 @@ void bind_records(py::module_& module) {
 
   py::class_<Usage>(module, "Usage")
       .def_readonly("name", &Usage::name)
+      .def_readonly("partition", &Usage::partition)
       .def_readonly("tier", &Usage::tier)
       .def_readonly("orphan", &Usage::orphan)
       .def_readonly("used", &Usage::used)
@@ -117,6 +118,9 @@ void bind_context(py::module_& module) {
           },
           py::arg("address"))
       .def("reset_peak", &Context::reset_peak)
+      .def(
+          "capture_stream", [](Context& self) { return self.manager()->capture_stream(self); },
+          Unlocked())
       .def_property_readonly("id", &Context::id)
       .def_property_readonly("name", &Context::name)
       .def_property_readonly("tier", &Context::tier)
@@ -147,13 +151,14 @@ void bind_manager(py::module_& module) {
            py::arg("host_backup") = 0, py::arg("claim_timeout") = 10.0)
       .def(
           "create_context",
-          [](const py::object& self, std::string name, std::size_t max, std::size_t base,
-             Tier tier) {
+          [](const py::object& self, std::string name, std::size_t max, std::size_t base, Tier tier,
+             std::string partition) {
             auto& manager = self.cast<Manager&>();
             std::shared_ptr<Context> context;
             {
               const py::gil_scoped_release unlocked;
-              context = manager.create_context({std::move(name), max, base, tier});
+              context =
+                  manager.create_context({std::move(name), max, base, tier, std::move(partition)});
             }
             // Not py::keep_alive: it crashes when an argument does not convert.
             py::object result = py::cast(context);
@@ -161,7 +166,7 @@ void bind_manager(py::module_& module) {
             return result;
           },
           py::arg("name"), py::arg("max"), py::arg("base") = 0,
-          py::arg_v("tier", Tier::burstable, "Tier.burstable"))
+          py::arg_v("tier", Tier::burstable, "Tier.burstable"), py::arg("partition") = "")
       .def("destroy_context", &Manager::destroy_context, py::arg("context").none(false), Unlocked())
       .def("resize_context", &Manager::resize_context, py::arg("context"), py::arg("max"),
            py::arg("base"), Unlocked())
@@ -194,12 +199,14 @@ void bind_manager(py::module_& module) {
             self.set_pressure_handler(ask);
           },
           py::arg("handler"))
+      .def_property_readonly("is_divided_up", py::cpp_function(&Manager::is_divided_up, Unlocked()))
       .def("give_way", &Manager::give_way, py::arg("bytes"), Unlocked())
       .def("usage", &Manager::usage, py::arg("context"), Unlocked())
       .def("device_usage", &Manager::device_usage, Unlocked())
       .def("totals", &Manager::totals, Unlocked())
       .def("reset_peaks", &Manager::reset_peaks, Unlocked())
       .def("trim", &Manager::trim, Unlocked())
+      .def("shut_down", &Manager::shut_down, Unlocked())
       .def("check_invariants", &Manager::check_invariants, Unlocked())
       .def_property_readonly("device", &Manager::device);
 

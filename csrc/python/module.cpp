@@ -12,4 +12,5 @@ PYBIND11_MODULE(native, module) {
   pgk::python::bind_memory_pool(module);
   pgk::python::bind_session(module);
   pgk::python::bind_manager(module);
+  pgk::python::bind_partition(module);
 }

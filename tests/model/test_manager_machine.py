@@ -1,6 +1,6 @@
 """Random programs on a whole device: contexts of all tiers, allocations, sessions, evictions by
-need and by hand, resizes, orphans, and device calls that fail at any time. After every step the
-books are right and every byte is."""
+need and by hand, resizes, orphans, partitions, and device calls that fail at any time. After every
+step the books are right and every byte is."""
 
 import contextlib
 import ctypes
@@ -18,6 +18,7 @@ from pygpukit_torch.native import Device, Tier
 
 MB = 1 << 20
 SIZES = st.integers(1, 24).map(lambda n: n * MB // 2)
+GROUPS = [8, 8, 8, 12]  # of processors
 REFUSALS = (torch.OutOfMemoryError, AdmissionError, DeviceError)
 
 
@@ -41,6 +42,7 @@ class Model:
     context: native.Context
     max: int
     base: int
+    partition: str | None = None
     blocks: list[Block] = field(default_factory=list)
     sessions: list[native.Session] = field(default_factory=list)
 
@@ -64,10 +66,16 @@ class ManagerMachine(RuleBasedStateMachine):
         """
         self.scale = scale
         self.capacity = 32 * MB * scale
-        self.device = native.HostDevice(self.capacity)
+        self.device = native.HostDevice(self.capacity, GROUPS)
         self.manager = native.Manager(
             self.device, host_backup=backup * self.capacity // 4, claim_timeout=0.002
         )
+        self.partitions = native.PartitionManager(
+            native.PartitionConfig(self.capacity, allow_overcommit=True, overcommit_ratio=2.0),
+            self.manager,
+        )
+        self.limits: dict[str, int | None] = {}  # of memory
+        self.processors: dict[str, int] = {}  # as seen
         self.live: list[Model] = []
         self.orphans: list[Model] = []
         self.serial = 0
@@ -84,21 +92,109 @@ class ManagerMachine(RuleBasedStateMachine):
         struck = before < self.fault_at <= self.device.count(Device.Call.any)
         return result, error, struck
 
-    @rule(size=SIZES, share=st.sampled_from([0, 0, 1, 2]), best_effort=st.booleans())
-    def create(self, size: int, share: int, best_effort: bool) -> None:
+    @rule(
+        data=st.data(),
+        size=SIZES,
+        share=st.sampled_from([0, 0, 1, 2]),
+        best_effort=st.booleans(),
+    )
+    def create(self, data: st.DataObject, size: int, share: int, best_effort: bool) -> None:
         size = max(size, 2 * MB) * self.scale
         base = size * share // 2
         tier = {0: Tier.best_effort if best_effort else Tier.burstable, 1: Tier.burstable}.get(
             share, Tier.guaranteed
         )
         self.serial += 1
+        partition = data.draw(st.sampled_from([None, *self.limits]), label="partition")
+        limit = self.limits.get(partition or "")
         available = self.manager.device_usage().available
-        context, error, struck = self.attempt(
-            lambda: self.manager.create_context(f"c{self.serial}", size, base, tier)
-        )
-        assert struck or (error is None) == (base <= available)
+        unused = self.unused_of(partition)
+        try:
+            context, error, struck = self.attempt(
+                lambda: self.manager.create_context(
+                    f"c{self.serial}", size, base, tier, partition or ""
+                )
+            )
+        except ValueError:
+            assert limit is not None
+            assert size > limit
+            return
         if error is None:
-            self.live.append(Model(context, size, base))
+            assert base <= available
+            self.live.append(Model(context, size, base, partition))
+        else:
+            assert struck or base > min(available, unused)
+
+    def unused_of(self, partition: str | None) -> int:
+        """Bytes of the partition that no context has, or reserves. Free pages may come to that."""
+        limit = self.limits.get(partition or "")
+        if limit is None:
+            return self.capacity
+        usages = [
+            self.manager.usage(model.context) for model in self.live if model.partition == partition
+        ]
+        return limit - sum(max(usage.base, usage.resident) for usage in usages)
+
+    @rule(
+        limit=st.one_of(st.none(), st.integers(1, 32)),
+        share=st.sampled_from([None, 0.25, 0.5, 0.75]),
+    )
+    def create_partition(self, limit: int | None, share: float | None) -> None:
+        self.serial += 1
+        id = f"p{self.serial}"
+        limits = native.PartitionLimits()
+        if limit is not None:
+            limits = limits.memory(max(limit, 2) * MB * self.scale)
+        if share is not None:
+            limits = limits.compute(share)
+        before = self.partitions.stats()
+        _, error, struck = self.attempt(lambda: self.partitions.create_partition(id, id, limits))
+        if error is None:
+            self.limits[id] = limits.memory_limit
+        else:
+            assert self.partitions.partition_ids == list(self.limits)
+            memory = limits.memory_limit or 0
+            assert (
+                struck
+                or memory > before.available_memory
+                or (share or 0) > before.available_compute
+                # Other partitions may have been granted what was left.
+                or share is not None
+            )
+
+    @precondition(lambda self: self.limits)
+    @rule(data=st.data())
+    def delete_partition(self, data: st.DataObject) -> None:
+        id = data.draw(st.sampled_from(list(self.limits)), label="partition")
+        if any(model.partition == id for model in self.live):
+            with contextlib.suppress(ContextBusyError):
+                self.partitions.delete_partition(id)
+                raise AssertionError("a partition in use was deleted")
+            return
+        self.partitions.delete_partition(id)
+        del self.limits[id]
+        self.processors.pop(id, None)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def assign(self, data: st.DataObject) -> None:
+        model = data.draw(st.sampled_from(self.live), label="context")
+        id = data.draw(st.sampled_from([None, *self.limits]), label="partition")
+        limit = self.limits.get(id or "")
+        unused = self.unused_of(id)
+        usage = self.manager.usage(model.context)
+        try:
+            _, error, struck = self.attempt(lambda: self.partitions.assign(model.context, id))
+        except ContextBusyError:
+            assert model.sessions
+        except ValueError:
+            assert limit is not None
+            assert model.max > limit
+        else:
+            if error is None:
+                model.partition = id
+            else:
+                assert struck or max(usage.base, usage.resident) > unused
 
     @precondition(lambda self: self.live)
     @rule(data=st.data(), size=st.one_of(st.integers(1, 4096), st.integers(1, 8 * MB)))
@@ -137,10 +233,22 @@ class ManagerMachine(RuleBasedStateMachine):
         if error is None:
             # A page without a live byte that the device would not unmap may stay behind.
             assert model.sessions or struck or self.manager.usage(model.context).evicted == 0
+            if not model.sessions:
+                self.is_where_it_belongs(model)
             model.sessions.append(session)
         else:
-            assert evicted, "a context that was here could not be entered"
+            assert evicted or struck, "a context that was here could not be entered"
             assert struck or isinstance(error, torch.OutOfMemoryError)
+
+    def is_where_it_belongs(self, model: Model) -> None:
+        """On the processors of its partition, which no other one has."""
+        own = self.device.processors(model.context.stream)
+        granted = model.partition and self.partitions.get(model.partition).sm_count
+        if granted:
+            assert sum(size for i, size in enumerate(GROUPS) if own >> i & 1) == granted
+            assert self.processors.setdefault(str(model.partition), own) == own
+        for id, others in self.processors.items():
+            assert id == model.partition or own & others == 0
 
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
@@ -212,6 +320,8 @@ class ManagerMachine(RuleBasedStateMachine):
             base = size
         usage = self.manager.usage(model.context)
         available = self.manager.device_usage().available
+        own = max(usage.base, usage.resident)
+        unused = self.unused_of(model.partition) + own
         try:
             _, error, struck = self.attempt(
                 lambda: self.manager.resize_context(model.context, size, base)
@@ -219,12 +329,15 @@ class ManagerMachine(RuleBasedStateMachine):
         except ValueError:
             # At worst every block lies on pages of its own.
             pages = sum(block.size // page + 2 for block in model.blocks)
-            assert size < page or size < pages * page
+            limit = self.limits.get(model.partition or "")
+            assert size < page or size < pages * page or size > (limit or self.capacity)
             return
         if error is None:
             model.max, model.base = size, base
         else:
-            assert struck or base > max(available, usage.base), "a resize was refused for nothing"
+            assert struck or base > max(min(available, unused), usage.base), (
+                "a resize was refused for nothing"
+            )
 
     @rule(calls=st.integers(1, 12))
     def fault(self, calls: int) -> None:
@@ -241,6 +354,10 @@ class ManagerMachine(RuleBasedStateMachine):
             assert (usage.used, usage.max, usage.base) == (model.used, model.max, model.base)
             assert usage.used <= usage.resident + usage.evicted <= usage.max
             assert usage.live_blocks == len(model.blocks)
+            assert usage.partition == (model.partition or "")
+        for id, limit in self.limits.items():
+            reserved = self.partitions.get(id).usage.reserved
+            assert limit is None or reserved <= limit
         for model in self.live + self.orphans:
             for block in model.blocks:
                 block.check()

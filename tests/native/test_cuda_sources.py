@@ -47,16 +47,19 @@ def test_the_driver_is_asked_for_the_functions_that_the_headers_declare(tmp_path
     """A name can have another signature in a newer driver API, which cuGetProcAddress returns."""
     loader = (CSRC / "device/cuda_driver.cpp").read_text()
     (version,) = re.findall(r"kApiVersion = (\d+);", loader)
-    names = re.findall(r"X\((cu\w+)\)", (CSRC / "device/cuda_driver.h").read_text())
+    header = (CSRC / "device/cuda_driver.h").read_text()
+    names = dict.fromkeys(re.findall(r"X\((cu\w+)\)", header), version)
+    later = dict(re.findall(r"X\((cu\w+), (\d+)\)", header))
     typedefs = (cuda_headers() / "cudaTypedefs.h").read_text()
     checks = []
-    for name in names:
+    for name, asked in (names | later).items():
         known = {int(number) for number in re.findall(rf"PFN_{name}_v(\d+)\)", typedefs)}
-        returned = max(number for number in known if number <= int(version))
+        returned = max(number for number in known if number <= int(asked))
         checks.append(
             f"static_assert(std::is_same_v<decltype(&::{name}), PFN_{name}_v{returned}>);"
         )
     assert len(checks) > 25
+    assert len(later) >= 5
     unit = tmp_path / "signatures.cpp"
     unit.write_text("#include <cudaTypedefs.h>\n#include <type_traits>\n" + "\n".join(checks))
     flags = ["-std=c++20", "-fsyntax-only", "-isystem", str(cuda_headers())]

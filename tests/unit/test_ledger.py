@@ -124,28 +124,64 @@ TIERS = list(native.Tier.__members__.values())
 HOST = 60
 
 
+LIMITS = [CAPACITY, 45, 80]  # of the device, and of two partitions
+
+
 class LendingMachine(RuleBasedStateMachine):
-    """Tiers, loans and evictions: whatever happened, every base can be claimed."""
+    """Tiers, loans, evictions, partitions: whatever happened, every base can be claimed."""
 
     accounts = Bundle("accounts")
 
     def __init__(self) -> None:
         super().__init__()
         self.ledger = native.Ledger(CAPACITY, HOST)
+        self.partitions = [0, *map(self.ledger.open_partition, LIMITS[1:])]
         self.tier: dict[int, int] = {}
         self.model: dict[int, list[int]] = {}  # max, base, resident, evicted
+        self.place: dict[int, int] = {}  # which of LIMITS
 
-    @rule(target=accounts, maximum=SIZES, share=st.integers(0, 4), tier=st.sampled_from(TIERS))
-    def open(self, maximum: int, share: int, tier: native.Tier) -> int:
+    def committed(self, place: int, without: int = 0) -> int:
+        return sum(
+            max(base, resident)
+            for account, (_, base, resident, _) in self.model.items()
+            if account != without and place in (0, self.place[account])
+        )
+
+    @rule(
+        target=accounts,
+        maximum=SIZES,
+        share=st.integers(0, 4),
+        tier=st.sampled_from(TIERS),
+        place=st.integers(0, 2),
+    )
+    def open(self, maximum: int, share: int, tier: native.Tier, place: int) -> int:
         base = maximum * share // 4
         try:
-            account = self.ledger.open(maximum, base, tier)
+            account = self.ledger.open(maximum, base, tier, self.partitions[place])
         except AdmissionError:
-            assert sum(max(b, r) for _, b, r, _ in self.model.values()) + base > CAPACITY
+            assert any(self.committed(each) + base > LIMITS[each] for each in (0, place))
+            return 0
+        except ValueError:
+            assert maximum > LIMITS[place]
             return 0
         self.model[account] = [maximum, base, 0, 0]
         self.tier[account] = tier.value
+        self.place[account] = place
         return account
+
+    @rule(account=accounts, place=st.integers(0, 2))
+    def assign(self, account: int, place: int) -> None:
+        if account not in self.model or place == self.place[account]:
+            return
+        maximum, base, resident, _ = self.model[account]
+        try:
+            self.ledger.assign(account, self.partitions[place])
+        except AdmissionError:
+            assert self.committed(place) + max(base, resident) > LIMITS[place]
+        except ValueError:
+            assert maximum > LIMITS[place]
+        else:
+            self.place[account] = place
 
     def attempt(self, account: int, amount: int, call: str, resident: int, evicted: int) -> None:
         if account not in self.model:
@@ -183,14 +219,19 @@ class LendingMachine(RuleBasedStateMachine):
         _, base, resident, evicted = self.model[account]
         missing = base - resident - evicted
         lower = [other for other in self.model if self.tier[other] < self.tier[account]]
-        for other in sorted(lower, key=lambda other: self.tier[other]):
-            short = self.ledger.shortage(account, missing) if missing > 0 else 0
-            spare = min(self.ledger.spare(other, account), short)
-            if spare:
-                assert spare <= self.ledger.evictable(of_loans=True)
-                self.ledger.evict(other, spare)
-                self.model[other][2] -= spare
-                self.model[other][3] += spare
+        mates = [other for other in lower if self.place[other] == self.place[account]]
+        for others, shortage in (
+            (mates, self.ledger.shortage_in_partition),
+            (lower, self.ledger.shortage),
+        ):
+            for other in sorted(others, key=lambda other: self.tier[other]):
+                short = shortage(account, missing) if missing > 0 else 0
+                spare = min(self.ledger.spare(other, account), short)
+                if spare:
+                    assert spare <= self.ledger.evictable(of_loans=True)
+                    self.ledger.evict(other, spare)
+                    self.model[other][2] -= spare
+                    self.model[other][3] += spare
         if missing > 0:
             self.ledger.charge(account, missing)
             self.model[account][2] += missing
@@ -203,6 +244,9 @@ class LendingMachine(RuleBasedStateMachine):
         assert sum(evicted for *_, evicted in self.model.values()) == self.ledger.evicted <= HOST
         for maximum, _, resident, evicted in self.model.values():
             assert resident + evicted <= maximum
+        for place, limit in enumerate(LIMITS):
+            held = [self.model[a][2] for a in self.model if place in (0, self.place[a])]
+            assert sum(held) <= limit
 
 
 TestLending = LendingMachine.TestCase
@@ -226,3 +270,26 @@ def test_nothing_is_lent_that_could_not_be_evicted() -> None:
     ledger.open(60, 60, native.Tier.guaranteed)
     low = ledger.open(100, 0, native.Tier.best_effort)
     assert ledger.room(low) == 50
+
+
+def test_a_partition_is_a_limit_that_its_accounts_share() -> None:
+    ledger = native.Ledger(100, 100)
+    partition = ledger.open_partition(40)
+    with pytest.raises(ValueError, match=r"max 41 B is above the 40 B of its partition"):
+        ledger.open(41, 0, native.Tier.burstable, partition)
+    first = ledger.open(40, 30, native.Tier.guaranteed, partition)
+    with pytest.raises(AdmissionError, match=r"10 B of the partition's 40 B"):
+        ledger.open(20, 11, native.Tier.guaranteed, partition)
+    second = ledger.open(40, 0, native.Tier.best_effort, partition)
+    assert ledger.room(second) == 40, "an unused base is lent within the partition, too"
+    ledger.charge(second, 40)
+    assert ledger.room(first) == 0
+    assert ledger.shortage_in_partition(first, 30) == 30
+    assert ledger.shortage(first, 30) == 0
+    with pytest.raises(ContextBusyError, match="has accounts"):
+        ledger.close_partition(partition)
+    ledger.assign(second, 0)
+    assert ledger.room(first) == 40
+    with pytest.raises(AdmissionError):
+        ledger.assign(second, partition)
+    ledger.check_invariants()

@@ -1,0 +1,307 @@
+// The manager's eighth part: partitions, and the streams that contexts have in them.
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "core/blocking.h"
+#include "core/error.h"
+#include "core/manager_moves.h"
+#include "core/scope_exit.h"
+
+namespace pgk {
+namespace {
+
+using ContextLock = std::lock_guard<SpinLock>;
+
+void check_share(const char* name, const std::optional<double>& share) {
+  // Not a number compares false.
+  if (share && !(*share > 0 && *share <= 1)) {
+    throw Error(ErrorCode::invalid_value, std::string("a share of ") + name +
+                                              " is above 0 and at most 1, got " +
+                                              std::to_string(*share));
+  }
+}
+
+bool is_of(const Partition& partition, const std::shared_ptr<const PartitionConfig>& config) {
+  return !partition.config.owner_before(config) && !config.owner_before(partition.config);
+}
+
+}  // namespace
+
+// Creating, removing -----------------------------------------------------------------------------
+
+std::shared_ptr<Partition> Manager::create_partition(
+    const std::shared_ptr<const PartitionConfig>& config, const std::string& id,
+    const std::string& name, const PartitionLimits& limits) {
+  const std::string refused = "partition '" + id + "': ";
+  const std::size_t granularity = device_->properties().granularity;
+  if (id.empty()) throw Error(ErrorCode::invalid_value, "a partition needs an id");
+  check_share("compute", limits.compute);
+  check_share("bandwidth", limits.bandwidth);
+  if (limits.memory && *limits.memory < granularity) {
+    throw Error(ErrorCode::invalid_value,
+                refused + "a memory limit of " + format_bytes(*limits.memory) +
+                    " is less than one page of " + format_bytes(granularity));
+  }
+  if (limits.streams && *limits.streams == 0) {
+    throw Error(ErrorCode::invalid_value, refused + "a limit of 0 streams lets no session in");
+  }
+  const Blocking blocking;
+  const std::lock_guard lock(mutex_);
+  require_usable();
+  std::size_t memory = limits.memory.value_or(0);
+  double bandwidth = limits.bandwidth.value_or(0);
+  for (const auto& other : partitions_) {
+    if (other->id == id) {
+      throw Error(ErrorCode::invalid_value, "a partition '" + id + "' exists already");
+    }
+    if (!is_of(*other, config)) continue;
+    memory += other->limits.memory.value_or(0);
+    bandwidth += other->limits.bandwidth.value_or(0);
+  }
+  if (memory > config->limit()) {
+    throw Error(ErrorCode::admission,
+                refused + "a memory limit of " + format_bytes(*limits.memory) +
+                    " does not fit: partitions have " + format_bytes(memory - *limits.memory) +
+                    " of " + format_bytes(config->limit()));
+  }
+  if (bandwidth > 1 + 1e-6) {
+    throw Error(ErrorCode::admission,
+                refused + "the shares of bandwidth would add up to " + std::to_string(bandwidth));
+  }
+  auto partition =
+      std::make_shared<Partition>(Partition{id, name, limits, config, Ledger::kDevice, {}});
+  partition->account = ledger_.open_partition(limits.memory.value_or(SIZE_MAX));
+  ScopeExit close([&] { close_partition(*partition); });
+  if (limits.compute) {
+    on_behalf_of("partition '" + id + "'", [&] {
+      partition->share = shares_.take(*limits.compute);
+      // Now, where it can be refused, and ahead of the first session.
+      device_->destroy_stream(
+          device_->create_stream(priority_of(Tier::guaranteed), processors(*partition)));
+    });
+  }
+  partitions_.push_back(partition);
+  close.dismiss();
+  confine_all();
+  return partition;
+}
+
+void Manager::close_partition(const Partition& partition) {
+  if (partition.share) shares_.give_back(*partition.share);
+  ledger_.close_partition(partition.account);
+}
+
+std::vector<std::string> Manager::members(const Partition& partition) const {
+  std::vector<std::string> names;
+  for (const auto& context : contexts_) {
+    if (context->partition_.get() == &partition) names.push_back(context->name());
+  }
+  return names;
+}
+
+void Manager::remove_partition(const std::shared_ptr<Partition>& partition) {
+  const Blocking blocking;
+  const std::lock_guard lock(mutex_);
+  const auto found = std::find(partitions_.begin(), partitions_.end(), partition);
+  if (found == partitions_.end()) return;
+  const std::vector<std::string> names = members(*partition);
+  if (!names.empty()) {
+    std::string text = "partition '" + partition->id + "' is in use and cannot be deleted; in it:";
+    for (const std::string& name : names) text += " '" + name + "'";
+    throw Error(ErrorCode::busy, text);
+  }
+  partitions_.erase(found);
+  close_partition(*partition);
+  confine_all();
+}
+
+void Manager::abandon_partitions(const std::shared_ptr<const PartitionConfig>& config) {
+  const Blocking blocking;
+  const std::lock_guard lock(mutex_);
+  const auto removed = std::erase_if(partitions_, [&](const auto& partition) {
+    if (!is_of(*partition, config) || !members(*partition).empty()) return false;
+    close_partition(*partition);
+    return true;
+  });
+  if (removed > 0) confine_all();
+}
+
+std::vector<std::shared_ptr<Partition>> Manager::partitions(
+    const std::shared_ptr<const PartitionConfig>& config) const {
+  const std::lock_guard lock(mutex_);
+  std::vector<std::shared_ptr<Partition>> found;
+  std::copy_if(partitions_.begin(), partitions_.end(), std::back_inserter(found),
+               [&](const auto& partition) { return is_of(*partition, config); });
+  return found;
+}
+
+std::shared_ptr<Partition> Manager::find_partition(const std::string& id) const {
+  if (id.empty()) return nullptr;
+  std::string known;
+  for (const auto& partition : partitions_) {
+    if (partition->id == id) return partition;
+    known += (known.empty() ? "'" : ", '") + partition->id + "'";
+  }
+  throw Error(ErrorCode::invalid_value,
+              "unknown partition '" + id + "'; there are: " + (known.empty() ? "none" : known));
+}
+
+PartitionUsage Manager::partition_usage(const Partition& partition) const {
+  const std::lock_guard lock(mutex_);
+  PartitionUsage usage;
+  usage.contexts = members(partition);
+  for (const auto& context : contexts_) {
+    if (context->partition_.get() != &partition) continue;
+    const Ledger::Account& account = ledger_.account(context->id());
+    usage.used += context->used_bytes();
+    usage.resident += account.resident;
+    usage.evicted += account.evicted;
+    usage.base += account.base;
+    usage.sessions += context->sessions();
+  }
+  if (processors(partition) != 0) usage.processors = shares_.count(processors(partition));
+  return usage;
+}
+
+// Contexts in partitions -------------------------------------------------------------------------
+
+void Manager::assign(Context& context, const std::shared_ptr<Partition>& partition) {
+  const Blocking blocking;
+  const std::string refused = "context '" + context.name() + "' cannot be assigned";
+  const Ledger::PartitionId account = partition ? partition->account : Ledger::kDevice;
+  const auto missing = [&] {
+    require_open(context);
+    const Ledger::Account& own = ledger_.account(context.id());
+    return own.partition == account || account == Ledger::kDevice ? 0 : own.committed();
+  };
+  const auto require_existing = [&] {
+    if (partition &&
+        std::find(partitions_.begin(), partitions_.end(), partition) == partitions_.end()) {
+      throw Error(ErrorCode::invalid_value, "partition '" + partition->id + "' was deleted");
+    }
+  };
+  until_settled([&]() -> std::optional<EventId> {
+    require_existing();
+    const std::size_t committed = missing();
+    if (committed == 0) return std::nullopt;
+    return make_room_for_base(committed, account, &context);
+  });
+  Stopped self(*this, /*victims=*/false);
+  Lock lock(mutex_);
+  wait_until_still(lock, context);
+  require_open(context);
+  require_existing();
+  if (context.partition_ == partition) return;
+  if (!self.stop(context)) {
+    throw Error(ErrorCode::busy, refused + " while it has open sessions");
+  }
+  on_behalf_of(refused + (partition ? " to partition '" + partition->id + "'" : std::string()),
+               [&] { ledger_.assign(context.id(), account); });
+  const std::shared_ptr<Partition> before = std::exchange(context.partition_, partition);
+  release(before);
+  self.let_go();
+  confine(context);
+  aim_host_pool();
+}
+
+// After a context has left it.
+void Manager::release(const std::shared_ptr<Partition>& partition) {
+  if (!partition || !partition->config.expired() || !members(*partition).empty()) return;
+  std::erase(partitions_, partition);
+  close_partition(*partition);
+  confine_all();
+}
+
+// Streams ----------------------------------------------------------------------------------------
+
+// Guaranteed work first, best effort last, as far as the device tells them apart.
+int Manager::priority_of(Tier tier) const {
+  const int least = device_->properties().least_priority;
+  const int greatest = device_->properties().greatest_priority;
+  switch (tier) {
+    case Tier::guaranteed:
+      return greatest;
+    case Tier::burstable:
+      return least + (greatest - least) / 2;
+    case Tier::best_effort:
+      break;
+  }
+  return least;
+}
+
+ProcessorSet Manager::processors(const Partition& partition) const {
+  return partition.share ? shares_.set(*partition.share) : 0;
+}
+
+ProcessorSet Manager::processors_of(const Context& context) const {
+  const bool has_share = context.partition_ && context.partition_->share;
+  return has_share ? processors(*context.partition_) : shares_.left();
+}
+
+void Manager::confine_all() {
+  for (const auto& context : contexts_) confine(*context);
+}
+
+// Gives the context a stream on the processors that are its own now: at once if it is idle, else
+// when it is entered the next time.
+void Manager::confine(Context& context) {
+  if (context.own_stream().processors == processors_of(context)) {
+    context.sessions_.fetch_and(~Context::kMisplaced);
+    return;
+  }
+  context.sessions_.fetch_or(Context::kMisplaced);
+  Stopped self(*this, /*victims=*/false);
+  if (!self.stop(context)) return;
+  try {
+    replace_stream(context);
+  } catch (const Error&) {
+    // Whoever enters tries again, and says so.
+  }
+  self.let_go();
+}
+
+// Of a context that the caller has stopped.
+void Manager::replace_stream(Context& context) {
+  const ProcessorSet processors = processors_of(context);
+  const StreamId now = context.stream();
+  const StreamId next = stream_on(context, processors, /*for_captures=*/false);
+  if (next != now) {
+    // So what is free in the order of the one is free in the order of the other.
+    if (!device_->is_idle(now)) device_->wait(next, device_->record(now));
+    const ContextLock lock(context.mutex_);
+    context.lanes_.front() = next;
+    context.stream_ = next;
+  }
+  context.sessions_.fetch_and(~Context::kMisplaced);
+}
+
+StreamId Manager::stream_on(Context& context, ProcessorSet processors, bool for_captures) {
+  for (const Context::OwnStream& own : context.own_streams_) {
+    if (own.processors == processors && own.for_captures == for_captures) return own.id;
+  }
+  context.own_streams_.reserve(context.own_streams_.size() + 1);
+  const StreamId stream = device_->create_stream(priority_of(context.tier()), processors);
+  context.own_streams_.push_back({stream, processors, for_captures});
+  return stream;
+}
+
+StreamId Manager::capture_stream(Context& context) {
+  const std::lock_guard lock(mutex_);
+  require_open(context);
+  const ProcessorSet processors = context.own_stream().processors;
+  return processors == 0 ? kNoStream : stream_on(context, processors, /*for_captures=*/true);
+}
+
+double Manager::available_compute() const {
+  const std::lock_guard lock(mutex_);
+  return std::max(1 - shares_.sum(), 0.0);
+}
+
+bool Manager::is_divided_up() const {
+  const std::lock_guard lock(mutex_);
+  return !device_->properties().processor_groups.empty() && shares_.sum() > 0 &&
+         shares_.left() == 0;
+}
+
+}  // namespace pgk
