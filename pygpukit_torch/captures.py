@@ -30,7 +30,15 @@ def stop_confining_captures() -> None:
 def _enter_confined(self: torch.cuda.graph) -> None:
     context = native.current_context()
     handle = 0 if context is None else context.capture_stream()
-    if handle and self.capture_stream.cuda_stream not in (handle, context.stream):
-        self.capture_stream = torch.cuda.ExternalStream(handle)
+    if (
+        context is not None
+        and handle
+        and not _is_one_of(self.capture_stream, handle, context.stream)
+    ):
+        self.capture_stream = torch.cuda.ExternalStream(handle)  # type: ignore[no-untyped-call]
         self.stream_ctx = torch.cuda.stream(self.capture_stream)
     _enter(self)
+
+
+def _is_one_of(stream: torch.cuda.Stream | None, *handles: int) -> bool:
+    return stream is not None and stream.cuda_stream in handles

@@ -522,7 +522,7 @@ def test_wrong_partitions_of_contexts() -> None:
     partitions.create_partition("a", "A", PartitionLimits().memory(64 * MB))
     with pytest.raises(ValueError, match="unknown partition 'b'; there are: 'a'"):
         create_context("c", 4 * MB, partition="b")
-    with pytest.raises(ValueError, match="'c' in partition 'a': max 128.00 MiB is above the 64"):
+    with pytest.raises(ValueError, match=r"'c' in partition 'a': max 128.00 MiB is above the 64"):
         create_context("c", 128 * MB, partition="a")
     with pytest.raises(TypeError, match="partition must be a str"):
         create_context("c", 4 * MB, partition=1)  # type: ignore[arg-type]
