@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pygpukit_torch as pgk
-from pygpukit_torch import GB, MB, native
+from pygpukit_torch import GB, MB, ContextBusyError, native
 
 GUIDE = (Path(__file__).parents[2] / "docs/guide.md").read_text()
 
@@ -221,6 +221,23 @@ def test_memory_pool(capsys: pytest.CaptureFixture[str]) -> None:
     block = pool.allocate(4096)
     assert pool.stats().reuse_count == 1
     assert block.as_tensor(torch.float16).data_ptr() == block.ptr
+
+
+def test_gpu_partitioning(capsys: pytest.CaptureFixture[str]) -> None:
+    pgk.initialize(device="cpu")
+    with pytest.warns(UserWarning, match="limits no computation"):
+        names = run("GPU Partitioning")
+    assert capsys.readouterr().out == f"Memory limit: {4 * GB}\nCompute limit: 0.5\n"
+    manager = names["manager"]
+    assert manager.partition_ids == ["inference", "training"]
+    stats = manager.stats()
+    assert (stats.available_memory, stats.total_compute_allocated) == (0, 1.0)
+    context = pgk.create_context("llm", 2 * GB, partition="inference")
+    assert manager.get("inference").contexts == ["llm"]
+    with pytest.raises(ContextBusyError):
+        manager.delete_partition("inference")
+    context.destroy()
+    manager.delete_partition("inference")
 
 
 def test_every_snippet_of_the_guide_is_tested() -> None:
