@@ -8,6 +8,7 @@
 
 #include "core/error.h"
 #include "device/host_device.h"
+#include "python/arguments.h"
 #include "python/bindings.h"
 #include "torch/fork_guard.h"
 #include "torch/pool_tensor.h"
@@ -33,21 +34,6 @@ struct PoolBlock {
     return id;
   }
 };
-
-// More than a size_t holds is as much as it holds: too much in any case.
-std::size_t bytes_from(const char* name, const py::object& value) {
-  if (PyBool_Check(value.ptr()) || !PyLong_Check(value.ptr())) {
-    const auto kind = py::type::of(value).attr("__name__").cast<std::string>();
-    throw py::type_error(std::string(name) + " must be an int, got " + kind);
-  }
-  if (value < py::int_(0)) {
-    throw py::value_error(std::string(name) + " must be positive, got " +
-                          py::str(value).cast<std::string>());
-  }
-  const std::size_t bytes = PyLong_AsSize_t(value.ptr());
-  if (PyErr_Occurred()) PyErr_Clear();
-  return bytes;
-}
 
 // The device of the process if it is initialized, else host memory enough for any use of the quota.
 std::shared_ptr<Device> device_for(std::size_t quota) {
