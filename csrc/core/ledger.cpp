@@ -3,16 +3,19 @@
 #include <algorithm>
 #include <string>
 
+#include "core/admission.h"
 #include "core/error.h"
 
 namespace pgk {
 namespace {
 
-[[noreturn]] void refuse_base(std::size_t base, std::size_t uncommitted, std::size_t capacity) {
-  throw Error(ErrorCode::admission, "a reservation of " + format_bytes(base) +
-                                        " does not fit: " + format_bytes(uncommitted) +
-                                        " of the device's " + format_bytes(capacity) +
-                                        " are neither reserved nor in use");
+// What reserves nothing is always admitted: it waits for room only when it allocates.
+void require_admission(const Ledger::Account& account, std::size_t free, std::size_t capacity) {
+  if (account.base == 0) return;
+  const QosTaskMeta task{
+      .tier = account.tier, .memory_request = account.base, .memory_limit = account.max};
+  const Evaluation evaluation = evaluate(task, {.total_memory = capacity, .free_memory = free});
+  if (!evaluation.admitted()) throw Error(ErrorCode::admission, evaluation.reason);
 }
 
 void check_limits(std::size_t max, std::size_t base) {
@@ -59,9 +62,10 @@ void Ledger::replace(Account& account, const Account& changed) {
 
 Ledger::Id Ledger::open(std::size_t max, std::size_t base, Tier tier) {
   check_limits(max, base);
-  if (base > uncommitted()) refuse_base(base, uncommitted(), capacity_);
+  const Account account{max, base, tier, 0, 0};
+  require_admission(account, uncommitted(), capacity_);
   const Id id = next_++;
-  replace(accounts_[id], Account{max, base, tier, 0, 0});
+  replace(accounts_[id], account);
   return id;
 }
 
@@ -89,9 +93,7 @@ void Ledger::resize(Id id, std::size_t max, std::size_t base) {
   const std::size_t others = committed_ - account.committed();
   const std::size_t spare = less(less(capacity_, outside_), others);
   // What is lent out may be less than what is given up here, and still more than there is.
-  if (changed.committed() > account.committed() && changed.committed() > spare) {
-    refuse_base(base, spare, capacity_);
-  }
+  if (changed.committed() > account.committed()) require_admission(changed, spare, capacity_);
   replace(account, changed);
 }
 
