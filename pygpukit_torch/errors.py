@@ -27,7 +27,10 @@ class InitializationError(PyGPUKitError, RuntimeError):
 
 
 class AdmissionError(PyGPUKitError):
-    """A reservation does not fit beside those already made; the message has the figures."""
+    """A reservation does not fit beside those already made; the message has the figures.
+
+    Of a ``QosPolicyEvaluator``: an evaluation no longer holds.
+    """
 
 
 class ContextNotFoundError(PyGPUKitError, KeyError):

@@ -504,6 +504,176 @@ class MemoryPool:
     @property
     def device(self) -> Device: ...
 
+class QosDecision(enum.StrEnum):
+    """What becomes of a task; equal to its name."""
+
+    admit = "admit"
+    throttle = "throttle"
+    """Admitted, but with less than it could use: a lower bandwidth, or not all of its limit."""
+
+    queue = "queue"
+    """It does not fit now, or others wait that go first."""
+
+    reject = "reject"
+    """It asks for more than there is in all."""
+
+class QosTaskMeta:
+    """What a task asks for, in bytes and in shares of the device's bandwidth.
+
+    Shares are kept in billionths, rounded down.
+
+    Raises:
+        ValueError: the id is empty, a size is not positive, a share is not between 0 and 1, or
+            ``burst_ratio`` is below 1 or infinite.
+    """
+
+    @staticmethod
+    def guaranteed(
+        id: str, name: str, memory: int, *, bandwidth_request: float = 0.0
+    ) -> QosTaskMeta:
+        """Gets all that it asks for, or waits."""
+
+    @staticmethod
+    def burstable(
+        id: str,
+        name: str,
+        memory_request: int,
+        burst_ratio: float,
+        *,
+        bandwidth_request: float = 0.0,
+    ) -> QosTaskMeta:
+        """Gets its memory request, and may use ``burst_ratio`` times as much where it is free.
+
+        If less bandwidth is left than it asks for, it gets that.
+        """
+
+    @staticmethod
+    def best_effort(id: str, name: str) -> QosTaskMeta:
+        """Runs on what is left, without a reservation."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def qos_class(self) -> Tier: ...
+    @property
+    def memory_request(self) -> int: ...
+    @property
+    def memory_limit(self) -> int:
+        """The request times ``burst_ratio``; the largest size there is for best effort."""
+
+    @property
+    def burst_ratio(self) -> float: ...
+    @property
+    def bandwidth_request(self) -> float: ...
+
+class QosEvaluation:
+    """How a task was judged, at one moment."""
+
+    @property
+    def task_id(self) -> str: ...
+    @property
+    def qos_class(self) -> Tier: ...
+    @property
+    def priority(self) -> int:
+        """100 for guaranteed, 50 for burstable, 0 for best effort."""
+
+    @property
+    def admitted(self) -> bool:
+        """Whether the decision is ``admit`` or ``throttle``."""
+
+    @property
+    def decision(self) -> QosDecision: ...
+    @property
+    def reason(self) -> str:
+        """A sentence with figures; empty for ``admit``."""
+
+    @property
+    def reserved_memory(self) -> int:
+        """The memory request; 0 if not admitted."""
+
+    @property
+    def reserved_bandwidth(self) -> float:
+        """The bandwidth request, or what it gets if that is less; 0 if not admitted."""
+
+class QosStats:
+    """What an evaluator has admitted: bytes, shares and numbers of tasks."""
+
+    @property
+    def total_memory(self) -> int: ...
+    @property
+    def total_bandwidth(self) -> float: ...
+    @property
+    def guaranteed_memory(self) -> int: ...
+    @property
+    def guaranteed_bandwidth(self) -> float: ...
+    @property
+    def burstable_memory(self) -> int: ...
+    @property
+    def burstable_bandwidth(self) -> float: ...
+    @property
+    def available_memory(self) -> int:
+        """What is not reserved."""
+
+    @property
+    def available_bandwidth(self) -> float: ...
+    @property
+    def admitted(self) -> int: ...
+    @property
+    def queued(self) -> int:
+        """Tasks of all tiers that wait."""
+
+    @property
+    def best_effort_queue(self) -> int:
+        """Those of them that are best effort."""
+
+class QosPolicyEvaluator:
+    """Decides which tasks are admitted to a device, or a part of it, and keeps the books.
+
+    Nothing is allocated: it decides with the rules of ``create_context``, for tasks whose memory
+    somebody else manages. The sum of what is reserved never exceeds the totals. Waiting tasks are
+    admitted strictly in the order of their priority, then first come: one that does not fit holds
+    up those behind it. All methods may be called from any thread.
+
+    Args:
+        total_memory: bytes.
+        total_bandwidth: a share of the device's, above 0 and at most 1.
+
+    Raises:
+        ValueError: there is no memory or no bandwidth, or the bandwidth is above 1.
+    """
+
+    def __init__(self, total_memory: int, total_bandwidth: float = 1.0) -> None: ...
+    def evaluate(self, task: QosTaskMeta) -> QosEvaluation:
+        """Judge the task as a newcomer, beside what is reserved and behind who waits.
+
+        Changes nothing.
+        """
+
+    def reserve(self, evaluation: QosEvaluation) -> None:
+        """Reserve what the evaluation says, or put the task into the queue if it says so.
+
+        Raises:
+            AdmissionError: the evaluation no longer holds, since others came or went in between;
+                evaluate again. Nothing has changed.
+            ValueError: the decision was ``reject``, or the task is reserved or queued already.
+        """
+
+    def release(self, task_id: str) -> list[QosEvaluation]:
+        """End a task, or take it out of the queue.
+
+        Returns:
+            Those who were admitted from the queue for it and are now reserved, in order.
+
+        Raises:
+            ValueError: no such task is reserved or queued.
+        """
+
+    def stats(self) -> QosStats: ...
+    def reset(self) -> None:
+        """Forget all tasks, those that wait as well."""
+
 class Tier(enum.Enum):
     """See :class:`pygpukit_torch.QoSPolicy`."""
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <string>
 
+#include "core/admission.h"
 #include "core/error.h"
 
 namespace pgk {
@@ -74,13 +75,16 @@ void Ledger::require_within(PartitionId id, std::size_t max) const {
   }
 }
 
-void Ledger::require_uncommitted(PartitionId id, std::size_t base, std::size_t uncommitted) const {
-  if (base <= uncommitted) return;
-  throw Error(ErrorCode::admission, "a reservation of " + format_bytes(base) +
-                                        " does not fit: " + format_bytes(uncommitted) + " of the " +
-                                        (id == kDevice ? "device's " : "partition's ") +
-                                        format_bytes(find_partition(id).limit) +
-                                        " are neither reserved nor in use");
+// What reserves nothing is always admitted: it waits for room only when it allocates.
+void Ledger::require_admission(PartitionId id, const Account& account, std::size_t base,
+                               std::size_t uncommitted) const {
+  if (base == 0) return;
+  const QosTaskMeta task{.tier = account.tier, .memory_request = base, .memory_limit = account.max};
+  const Evaluation evaluation =
+      evaluate(task, {.total_memory = find_partition(id).limit,
+                      .free_memory = uncommitted,
+                      .owner = id == kDevice ? "the device" : "the partition"});
+  if (!evaluation.admitted()) throw Error(ErrorCode::admission, evaluation.reason);
 }
 
 // Accounts ---------------------------------------------------------------------------------------
@@ -116,9 +120,12 @@ void Ledger::replace(Account& account, const Account& changed) {
 Ledger::Id Ledger::open(std::size_t max, std::size_t base, Tier tier, PartitionId partition) {
   check_limits(max, base);
   require_within(partition, max);
-  for (const PartitionId id : {kDevice, partition}) require_uncommitted(id, base, uncommitted(id));
+  const Account account{max, base, tier, partition, 0, 0};
+  for (const PartitionId id : {kDevice, partition}) {
+    require_admission(id, account, base, uncommitted(id));
+  }
   const Id id = next_++;
-  replace(accounts_[id], Account{max, base, tier, partition, 0, 0});
+  replace(accounts_[id], account);
   ++partitions_[partition].accounts;
   return id;
 }
@@ -151,7 +158,7 @@ void Ledger::resize(Id id, std::size_t max, std::size_t base) {
     if (changed.committed() <= account.committed()) break;
     const std::size_t others = find_partition(partition).committed - account.committed();
     const std::size_t spare = less(limit(partition), others);
-    if (changed.committed() > spare) require_uncommitted(partition, base, spare);
+    if (changed.committed() > spare) require_admission(partition, changed, base, spare);
   }
   replace(account, changed);
 }
@@ -161,7 +168,7 @@ void Ledger::assign(Id id, PartitionId partition) {
   if (account.partition == partition) return;
   require_within(partition, account.max);
   if (partition != kDevice) {
-    require_uncommitted(partition, account.committed(), uncommitted(partition));
+    require_admission(partition, account, account.committed(), uncommitted(partition));
   }
   Account changed = account;
   changed.partition = partition;

@@ -127,7 +127,8 @@ class Ledger {
   std::size_t taken_from(Id id, PartitionId partition) const;
   std::size_t missing_in(Id id, PartitionId partition, std::size_t bytes) const;
   void require_within(PartitionId partition, std::size_t max) const;
-  void require_uncommitted(PartitionId partition, std::size_t base, std::size_t uncommitted) const;
+  void require_admission(PartitionId partition, const Account& account, std::size_t base,
+                         std::size_t uncommitted) const;
   void check_partition(PartitionId id, const Partition& partition) const;
 
   std::size_t capacity_;

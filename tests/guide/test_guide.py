@@ -240,6 +240,23 @@ def test_gpu_partitioning(capsys: pytest.CaptureFixture[str]) -> None:
     manager.delete_partition("inference")
 
 
+def test_qos_policy_evaluator(capsys: pytest.CaptureFixture[str]) -> None:
+    names = run("QoS Policy Evaluator")
+    assert capsys.readouterr().out == "Task admitted with priority 100\n"
+    evaluator, result = names["evaluator"], names["result"]
+    assert (result.decision, result.reserved_memory) == ("admit", 256 * MB)
+    assert evaluator.stats().available_memory == 8 * GB, "evaluating reserves nothing"
+    evaluator.reserve(result)
+    assert evaluator.stats().guaranteed_memory == 256 * MB
+    large = native.QosTaskMeta.guaranteed("inference-2", "another", 8 * GB)
+    refused = evaluator.evaluate(large)
+    assert (refused.decision, refused.admitted) == ("queue", False)
+    assert "8.00 GiB does not fit: 7.75 GiB" in refused.reason
+    evaluator.reserve(refused)
+    (admitted,) = evaluator.release("inference-1")
+    assert (admitted.task_id, admitted.decision) == ("inference-2", "admit")
+
+
 def test_every_snippet_of_the_guide_is_tested() -> None:
     chapters = re.findall(r"^## (.*)\n(?:(?!^## ).*\n)*?```python", GUIDE, re.MULTILINE)
     tests = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}

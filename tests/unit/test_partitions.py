@@ -422,7 +422,11 @@ def test_limits_are_copied() -> None:
         (lambda p: PartitionLimits().compute(0), ValueError, "compute must be a share"),
         (lambda p: PartitionLimits().compute(float("nan")), ValueError, "compute must be a share"),
         (lambda p: PartitionLimits().bandwidth(-0.5), ValueError, "bandwidth must be a share"),
-        (lambda p: PartitionLimits().compute("half"), TypeError, "compute must be a number"),
+        (
+            lambda p: PartitionLimits().compute("half"),
+            TypeError,
+            "compute must be an int or a float",
+        ),
         (lambda p: PartitionLimits().memory(-1), ValueError, "memory must be positive"),
         (lambda p: PartitionLimits().memory(1.5), TypeError, "memory must be an int"),
         (lambda p: PartitionLimits().streams(0), ValueError, "streams must be 1 or more"),
