@@ -1,9 +1,10 @@
-"""Captures in sessions of contexts that have SMs of their own.
+"""CUDA graphs in sessions: where they are captured, and when they are replayed.
 
-A graph's kernels run on the SMs of the stream that they were captured on, wherever it is replayed,
-and ``torch.cuda.graph`` captures on a stream of torch's. As long as a CUDA device is initialized,
-in such a session it captures on a stream of the context instead. ``reduce-overhead`` and
-``make_graphed_callables`` capture through it, too.
+A graph's kernels keep the SMs and the priority of the stream that they were captured on, wherever
+it is replayed, and ``torch.cuda.graph`` captures on a stream of torch's. As long as a CUDA device
+is initialized, in a session it captures on a stream of the context instead, unless it makes no
+difference. ``reduce-overhead`` and ``make_graphed_callables`` capture through it, too. A replay is
+no operator: in contexts that yield it waits here.
 """
 
 from functools import wraps
@@ -13,21 +14,25 @@ import torch
 from pygpukit_torch import native
 
 _enter = torch.cuda.graph.__enter__
+_replay = torch.cuda.CUDAGraph.replay
 
 
-def confine_captures() -> None:
-    """From now on, captures in sessions stay on the SMs of the context."""
-    torch.cuda.graph.__enter__ = _enter_confined  # type: ignore[method-assign]
+def attend_graphs() -> None:
+    """From now on, graphs in sessions are captured and replayed as their contexts need it."""
+    torch.cuda.graph.__enter__ = _enter_on_own_stream  # type: ignore[method-assign]
+    torch.cuda.CUDAGraph.replay = _replay_in_turn  # type: ignore[method-assign]
 
 
-def stop_confining_captures() -> None:
+def stop_attending_graphs() -> None:
     """Put back what was there, unless somebody else has wrapped it meanwhile."""
-    if torch.cuda.graph.__enter__ is _enter_confined:
+    if torch.cuda.graph.__enter__ is _enter_on_own_stream:
         torch.cuda.graph.__enter__ = _enter  # type: ignore[method-assign]
+    if torch.cuda.CUDAGraph.replay is _replay_in_turn:
+        torch.cuda.CUDAGraph.replay = _replay  # type: ignore[method-assign]
 
 
 @wraps(_enter)
-def _enter_confined(self: torch.cuda.graph) -> None:
+def _enter_on_own_stream(self: torch.cuda.graph) -> None:
     context = native.current_context()
     handle = 0 if context is None else context.capture_stream()
     if (
@@ -42,3 +47,9 @@ def _enter_confined(self: torch.cuda.graph) -> None:
 
 def _is_one_of(stream: torch.cuda.Stream | None, *handles: int) -> bool:
     return stream is not None and stream.cuda_stream in handles
+
+
+@wraps(_replay)
+def _replay_in_turn(self: torch.cuda.CUDAGraph) -> None:
+    native.pass_gate()
+    _replay(self)

@@ -104,6 +104,11 @@ class ExecutionContext:
         return self._runtime.manager.usage(self._native).partition or None
 
     @property
+    def yields(self) -> bool:
+        """Whether its operators wait while guaranteed contexts work."""
+        return self._native.yields
+
+    @property
     def state(self) -> str:
         """``"active"`` with open sessions, ``"idle"`` without, ``"destroyed"`` at the end."""
         if self._native.is_destroyed:

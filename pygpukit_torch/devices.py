@@ -91,7 +91,7 @@ class _Cuda(Backend):
         self.manager = _managed(self.device, native.cuda_streams(self.device), self.settings)
 
     def install(self) -> None:
-        captures.confine_captures()
+        captures.attend_graphs()
         if not self.settings.install:
             return
         if not native.cuda_is_initialized():
@@ -100,7 +100,7 @@ class _Cuda(Backend):
         native.serve_contexts_of(self.manager)
 
     def uninstall(self) -> None:
-        captures.stop_confining_captures()
+        captures.stop_attending_graphs()
         if self.settings.install:
             native.uninstall_cuda_allocator()
 

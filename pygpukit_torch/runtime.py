@@ -75,13 +75,21 @@ class Runtime:
             return list(self._contexts.values())
 
     def create(
-        self, name: str, max_vram: int, base_vram: int, qos: QoSPolicy, partition: str
+        self,
+        name: str,
+        max_vram: int,
+        base_vram: int,
+        qos: QoSPolicy,
+        partition: str = "",
+        yields: bool = False,
     ) -> ExecutionContext:
         """Create a context; arguments are checked by the caller and by the manager."""
         with self.lock:
             if self._closed:
                 raise InitializationError("shutdown() was called while the context was created")
-            handle = self.manager.create_context(name, max_vram, base_vram, qos.tier, partition)
+            handle = self.manager.create_context(
+                name, max_vram, base_vram, qos.tier, partition, yields
+            )
             context = self._contexts[name] = ExecutionContext(self, handle, qos)
             return context
 

@@ -115,6 +115,7 @@ def create_context(
     base_vram: int | None = None,
     qos: QoSPolicy = QoSPolicy.BURSTABLE,
     partition: str | None = None,
+    yields: bool = False,
     device_id: int | None = None,
 ) -> ExecutionContext:
     """Create a context; initializes with the defaults if needed.
@@ -127,6 +128,8 @@ def create_context(
         qos: the tier.
         partition: the id of the partition that the context belongs to, made by a
             ``native.PartitionManager``.
+        yields: have its operators wait while guaranteed contexts work, and submit little ahead: for
+            work in the background that has time. Not for a guaranteed context.
         device_id: the device, which must be the one that was initialized.
 
     Raises:
@@ -150,6 +153,8 @@ def create_context(
         raise TypeError(f"partition must be a str, got {type(partition).__name__} {partition!r}")
     if partition == "":
         raise ValueError("partition must be the id of one, or None")
+    if not isinstance(yields, bool):
+        raise TypeError(f"yields must be a bool, got {type(yields).__name__} {yields!r}")
     if device_id is not None:
         check_device_id("device_id", device_id)
     runtime = _runtime.get_or_initialize()
@@ -162,7 +167,7 @@ def create_context(
             f"partitions have all SMs: context {name!r}, which is in none, runs on all of them",
             stacklevel=2,
         )
-    return runtime.create(name, max_vram, base_vram, qos, partition or "")
+    return runtime.create(name, max_vram, base_vram, qos, partition or "", yields)
 
 
 def get_context(name: str) -> ExecutionContext:

@@ -33,6 +33,7 @@ Context::Context(const std::shared_ptr<Manager>& manager, ContextSpec spec, Ledg
                  std::size_t page_bytes, std::uint32_t page_count, std::uint32_t segment_pages,
                  Address address, StreamId stream, ProcessorSet processors)
     : is_on_host_(manager->device()->properties().is_host),
+      gate_(manager->compute_gate()),
       arena_(page_bytes, page_count, page_count - segment_pages),
       address_(address),
       lanes_{stream},
@@ -292,6 +293,7 @@ bool Context::try_begin_session(bool keeps_active) {
     }
   } while (keeps_active &&
            !sessions_.compare_exchange_weak(sessions, sessions + 1, std::memory_order_acq_rel));
+  if (keeps_active) count_session();
   last_use_.store(next_use(), std::memory_order_relaxed);
   return true;
 }

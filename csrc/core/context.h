@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "core/arena.h"
+#include "core/compute_gate.h"
 #include "core/error.h"
 #include "core/ledger.h"
 #include "core/spin_lock.h"
@@ -42,6 +43,7 @@ struct ContextSpec {
   std::size_t base = 0;
   Tier tier = Tier::burstable;
   std::string partition;  // its id; empty for none
+  bool yields = false;    // its work waits while guaranteed contexts work
 };
 
 class Context : public std::enable_shared_from_this<Context> {
@@ -115,11 +117,14 @@ class Context : public std::enable_shared_from_this<Context> {
   bool try_begin_session(bool keeps_active);
   void end_session() {
     last_use_.store(next_use(), std::memory_order_relaxed);
+    if (tier() == Tier::guaranteed) gate_->end_session();
     sessions_.fetch_sub(1, std::memory_order_acq_rel);
   }
 
   const std::string& name() const { return spec_.name; }
   Tier tier() const { return spec_.tier; }
+  bool yields() const { return spec_.yields; }
+  ComputeGate& gate() const { return *gate_; }
   std::uint64_t id() const { return account_; }
   // kNoStream once nothing is left of the context.
   StreamId stream() const { return stream_.load(std::memory_order_relaxed); }
@@ -210,6 +215,9 @@ class Context : public std::enable_shared_from_this<Context> {
   std::size_t idle_device_pages() const;
   // The one that it has now.
   const OwnStream& own_stream() const;
+  void count_session() {
+    if (tier() == Tier::guaranteed) gate_->begin_session();
+  }
   bool is_moving() const { return (sessions_.load(std::memory_order_acquire) & kMoving) != 0; }
   void begin_session_slow(bool keeps_active);
   static std::uint64_t next_use() { return uses_of_all_.fetch_add(1, std::memory_order_relaxed); }
@@ -232,6 +240,7 @@ class Context : public std::enable_shared_from_this<Context> {
   static inline std::atomic<std::uint64_t> uses_of_all_{1};
   std::atomic<std::uint64_t> last_use_{next_use()};
   const bool is_on_host_;
+  const std::shared_ptr<ComputeGate> gate_;
 
   mutable SpinLock mutex_;
   Arena arena_;

@@ -49,6 +49,7 @@ Manager::Manager(std::shared_ptr<Device> device, ThreadStreams* thread_streams,
               device_->properties().can_move ? host_limit : std::size_t{0}),
       pool_(*device_),
       host_pool_(device_, ledger_.host_limit()),
+      compute_gate_(std::make_shared<ComputeGate>(device_)),
       shares_(device_->properties().processor_groups),
       claim_timeout_(claim_timeout) {}
 
@@ -100,6 +101,7 @@ void Manager::validate(const ContextSpec& spec) const {
     fail("a best-effort context reserves nothing; base_vram of " + format_bytes(spec.base) +
          " must be 0");
   }
+  if (spec.tier == Tier::guaranteed && spec.yields) fail("a guaranteed context yields to nobody");
   const std::size_t capacity = device_->properties().capacity;
   if (spec.max > capacity && spec.base <= capacity) {
     fail("max_vram of " + format_bytes(spec.max) + " exceeds the device's capacity of " +
@@ -165,6 +167,7 @@ std::shared_ptr<Context> Manager::create_context(const ContextSpec& spec) {
                 "context '" + spec.name + "': the device reserved addresses beyond 47 bits");
   }
   contexts_.push_back(context);
+  if (spec.tier == Tier::guaranteed) compute_gate_->enrol(context);
   destroy_stream.dismiss();
   unreserve.dismiss();
   close_account.dismiss();
@@ -240,7 +243,7 @@ void Manager::resize_context(Context& context, std::size_t max, std::size_t base
       const ContextLock context_lock(context.mutex_);
       require_live(context);
       device_said_.clear();
-      validate({context.name(), max, base, context.tier(), {}});
+      validate({context.name(), max, base, context.tier(), {}, context.yields()});
       if (max < page) {
         throw Error(ErrorCode::invalid_value,
                     "context '" + context.name() + "' was created with pages of " +

@@ -132,8 +132,8 @@ class Manager : public std::enable_shared_from_this<Manager> {
   // without one.
   double available_compute() const;
   bool is_divided_up() const;
-  // A stream for captures, whose kernels stay on the processors of the stream that they were
-  // captured on; kNoStream if the context may run on all.
+  // A stream for captures, whose kernels keep the processors and the priority of the stream that
+  // they were captured on; kNoStream if any stream will do.
   StreamId capture_stream(Context& context);
 
   // Throws ErrorCode::context_destroyed if nothing of the context is left.
@@ -150,6 +150,7 @@ class Manager : public std::enable_shared_from_this<Manager> {
   void shut_down();
   bool is_shut_down() const;
   const std::shared_ptr<Device>& device() const { return device_; }
+  const std::shared_ptr<ComputeGate>& compute_gate() const { return compute_gate_; }
   ThreadStreams* thread_streams() const { return thread_streams_; }
 
   // For Context only: what its hot path could not do. Null if it cannot be had.
@@ -303,6 +304,7 @@ class Manager : public std::enable_shared_from_this<Manager> {
   Ledger ledger_;
   HandlePool pool_;
   HostPool host_pool_;
+  const std::shared_ptr<ComputeGate> compute_gate_;
   ProcessorShares shares_;
   std::vector<std::shared_ptr<Partition>> partitions_;
   const std::chrono::nanoseconds claim_timeout_;

@@ -290,7 +290,8 @@ StreamId Manager::capture_stream(Context& context) {
   const std::lock_guard lock(mutex_);
   require_open(context);
   const ProcessorSet processors = context.own_stream().processors;
-  return processors == 0 ? kNoStream : stream_on(context, processors, /*for_captures=*/true);
+  const bool is_plain = processors == 0 && priority_of(context.tier()) == priority_of({});
+  return is_plain ? kNoStream : stream_on(context, processors, /*for_captures=*/true);
 }
 
 double Manager::available_compute() const {

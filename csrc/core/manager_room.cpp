@@ -189,7 +189,10 @@ void Manager::admit(Context& context, bool keeps_active) {
   const std::lock_guard lock(mutex_);
   require_open(context);
   if ((context.sessions_.load() & Context::kMisplaced) != 0) replace_stream(context);
-  if (keeps_active) context.sessions_.fetch_add(1, std::memory_order_acq_rel);
+  if (keeps_active) {
+    context.sessions_.fetch_add(1, std::memory_order_acq_rel);
+    context.count_session();
+  }
   context.last_use_.store(Context::next_use(), std::memory_order_relaxed);
   self.let_go();
 }

@@ -118,6 +118,8 @@ class Step {
 
   // The number of the calling thread's innermost step if it has these variables, else 0.
   static std::uint64_t number(const void* variables);
+  // Whether the calling thread is in one: what blocks it then holds up all tasks of its loop.
+  static bool is_under_way();
   // The innermost step goes on in another context, or in what the thread was in. There must be one.
   // Returns what the thread's stream was if it is another one now, else 0.
   static ThreadStreams::Saved move_to(const std::shared_ptr<Context>& context);

@@ -52,6 +52,10 @@ std::uint64_t Step::number(const void* variables) {
   return step.variables == variables ? step.step : 0;
 }
 
+bool Step::is_under_way() {
+  return thread_entries().innermost_step().step != 0;
+}
+
 ThreadStreams::Saved Step::move_to(const std::shared_ptr<Context>& context) {
   ThreadEntries& own = thread_entries();
   const std::uint64_t number = own.innermost_step().step;

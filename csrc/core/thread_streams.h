@@ -34,6 +34,8 @@ class ThreadStreams {
 
   // The calling thread's stream; kNoStream if work is done as it is submitted.
   virtual StreamId current() = 0;
+  // The context that the calling thread works in, or for; null if there is none.
+  virtual std::shared_ptr<Context> context() = 0;
   // Makes the context's stream the calling thread's.
   virtual Saved enter(const std::shared_ptr<Context>& context) = 0;
   // Makes `saved` the calling thread's stream again; `outer` is the context it is in then.

@@ -14,6 +14,7 @@
 #include "torch/cpu_allocator.h"
 #include "torch/fork_guard.h"
 #include "torch/host_streams.h"
+#include "torch/operator_gate.h"
 
 namespace py = pybind11;
 
@@ -124,6 +125,7 @@ void bind_context(py::module_& module) {
       .def_property_readonly("id", &Context::id)
       .def_property_readonly("name", &Context::name)
       .def_property_readonly("tier", &Context::tier)
+      .def_property_readonly("yields", &Context::yields)
       .def_property_readonly("stream", &Context::stream)
       .def_property_readonly("streams", &Context::streams)
       .def_property_readonly("page_bytes", &Context::page_bytes)
@@ -152,13 +154,13 @@ void bind_manager(py::module_& module) {
       .def(
           "create_context",
           [](const py::object& self, std::string name, std::size_t max, std::size_t base, Tier tier,
-             std::string partition) {
+             std::string partition, bool yields) {
             auto& manager = self.cast<Manager&>();
             std::shared_ptr<Context> context;
             {
               const py::gil_scoped_release unlocked;
-              context =
-                  manager.create_context({std::move(name), max, base, tier, std::move(partition)});
+              context = manager.create_context(
+                  {std::move(name), max, base, tier, std::move(partition), yields});
             }
             // Not py::keep_alive: it crashes when an argument does not convert.
             py::object result = py::cast(context);
@@ -166,7 +168,8 @@ void bind_manager(py::module_& module) {
             return result;
           },
           py::arg("name"), py::arg("max"), py::arg("base") = 0,
-          py::arg_v("tier", Tier::burstable, "Tier.burstable"), py::arg("partition") = "")
+          py::arg_v("tier", Tier::burstable, "Tier.burstable"), py::arg("partition") = "",
+          py::arg("yields") = false)
       .def("destroy_context", &Manager::destroy_context, py::arg("context").none(false), Unlocked())
       .def("resize_context", &Manager::resize_context, py::arg("context"), py::arg("max"),
            py::arg("base"), Unlocked())
@@ -210,6 +213,7 @@ void bind_manager(py::module_& module) {
       .def("check_invariants", &Manager::check_invariants, Unlocked())
       .def_property_readonly("device", &Manager::device);
 
+  module.def("pass_gate", &pass_gate, Unlocked());
   module.def("host_streams", &host_streams, py::return_value_policy::reference);
   module.def("current_host_stream", &current_host_stream);
   module.def("install_cpu_allocator", &install_cpu_allocator);

@@ -12,6 +12,8 @@
 #include <unordered_map>
 #include <utility>
 
+#include "torch/operator_gate.h"
+
 namespace pgk {
 namespace {
 
@@ -125,6 +127,11 @@ class CudaStreams final : public ThreadStreams {
 
   StreamId current() override { return id_of(c10::cuda::getCurrentCUDAStream(index_)); }
 
+  std::shared_ptr<Context> context() override {
+    Context* context = current_context();
+    return context == nullptr ? context_of_work(current()) : context->shared_from_this();
+  }
+
   Saved enter(const std::shared_ptr<Context>& context) override {
     const CUDAStream before = c10::cuda::getCurrentCUDAStream(index_);
     const StreamId inside = context->stream();
@@ -134,12 +141,14 @@ class CudaStreams final : public ThreadStreams {
       stream_table().set(inside, context, true);
     }
     set_callers_context(context);
+    gate_operators(*this, context.get());
     return before.id();
   }
 
   void leave(Saved saved, const std::shared_ptr<Context>& outer) override {
     c10::cuda::setCurrentCUDAStream(CUDAStream::unpack3(saved, index_, c10::DeviceType::CUDA));
     set_callers_context(outer);
+    gate_operators(*this, outer.get());
   }
 
  private:

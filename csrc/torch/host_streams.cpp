@@ -2,6 +2,9 @@
 
 #include <utility>
 
+#include "core/session.h"
+#include "torch/operator_gate.h"
+
 namespace pgk {
 namespace {
 
@@ -10,10 +13,16 @@ thread_local StreamId current_stream = kNoStream;
 class HostStreams final : public ThreadStreams {
  public:
   StreamId current() override { return current_stream; }
+  std::shared_ptr<Context> context() override {
+    Context* context = current_context();
+    return context == nullptr ? nullptr : context->shared_from_this();
+  }
   Saved enter(const std::shared_ptr<Context>& context) override {
+    gate_operators(*this, context.get());
     return static_cast<Saved>(std::exchange(current_stream, context->stream()));
   }
-  void leave(Saved saved, const std::shared_ptr<Context>& /*outer*/) override {
+  void leave(Saved saved, const std::shared_ptr<Context>& outer) override {
+    gate_operators(*this, outer.get());
     current_stream = static_cast<StreamId>(saved);
   }
 };

@@ -137,7 +137,7 @@ def test_a_context_is_not_created_on_a_device_that_was_shut_down() -> None:
     runtime = pgk_runtime.get_or_initialize()
     pgk.shutdown()
     with pytest.raises(InitializationError, match="shutdown"):
-        runtime.create("late", 4 * MB, 0, QoSPolicy.BURSTABLE, "")
+        runtime.create("late", 4 * MB, 0, QoSPolicy.BURSTABLE)
     pgk.initialize(device="cpu", total_vram=64 * MB)
 
 

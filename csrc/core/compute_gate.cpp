@@ -1,0 +1,91 @@
+#include "core/compute_gate.h"
+
+#include <algorithm>
+#include <thread>
+
+#include "core/blocking.h"
+#include "core/context.h"
+
+namespace pgk {
+namespace {
+
+using std::chrono::microseconds;
+using std::chrono::milliseconds;
+
+constexpr microseconds kAhead{500};
+constexpr std::size_t kMostMarks = 64;
+constexpr microseconds kLookAgain{50};
+constexpr milliseconds kIdleFor{2};  // longer than the gaps of a model that is run eagerly
+constexpr milliseconds kLongestHold{100};
+
+}  // namespace
+
+// The window grows by one and is halved, as a sender's does whose network is congested.
+void ComputeGate::RunAhead::limit(Device& device, StreamId stream) {
+  if (stream != stream_) {
+    marks_.clear();
+    stream_ = stream;
+  }
+  if (device.is_idle(stream)) {
+    if (!marks_.empty()) window_ = std::min(window_ + 1, kMostMarks);
+    marks_.clear();
+    return;
+  }
+  marks_.push_back({device.record(stream), Clock::now()});
+  while (marks_.size() > window_) {
+    const Mark mark = marks_.front();
+    marks_.pop_front();
+    if (device.is_done(mark.event)) {
+      window_ = std::min(window_ + 1, kMostMarks);
+      continue;
+    }
+    const Blocking blocking;
+    device.synchronize_event(mark.event);
+    const auto took = Clock::now() - mark.made;
+    if (took > kAhead) window_ /= 2;
+    if (took < kAhead / 2) window_ = std::min(window_ + 1, kMostMarks);
+  }
+}
+
+void ComputeGate::enrol(const std::shared_ptr<Context>& context) {
+  const std::lock_guard lock(mutex_);
+  std::erase_if(guaranteed_, [](const auto& known) { return known.expired(); });
+  guaranteed_.push_back(context);
+}
+
+bool ComputeGate::is_working() {
+  if (device_->properties().is_host) return true;
+  const std::lock_guard lock(mutex_);
+  return std::any_of(guaranteed_.begin(), guaranteed_.end(), [this](const auto& known) {
+    const auto context = known.lock();
+    if (!context || context->sessions() == 0) return false;
+    const StreamId stream = context->stream();
+    return stream != kNoStream && (device_->is_capturing(stream) || !device_->is_idle(stream));
+  });
+}
+
+void ComputeGate::hold(RunAhead& ahead) {
+  const Blocking blocking;
+  const Clock::time_point start = Clock::now();
+  Clock::time_point worked = start;
+  while (!is_open()) {
+    const Clock::time_point now = Clock::now();
+    if (is_working()) worked = now;
+    ahead.passes_ = now - worked > kIdleFor;
+    if (ahead.passes_ || now - start > kLongestHold) return;
+    std::this_thread::sleep_for(kLookAgain);
+  }
+}
+
+void ComputeGate::pass(StreamId stream, RunAhead& ahead) {
+  // Nothing may be asked of a stream that is captured, nor waited for.
+  if (device_->is_capturing(stream)) return;
+  if (is_open()) {
+    ahead.passes_ = false;
+  } else if (!ahead.passes_ || is_working()) {
+    hold(ahead);
+  }
+  ahead.limit(*device_, stream);
+}
+
+}  // namespace pgk
