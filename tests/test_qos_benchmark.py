@@ -10,14 +10,16 @@ from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import latency
+from benchmarks import latency, readme
 from benchmarks.beside import Operation, completions, repeated
 from benchmarks.latency import back_to_back, open_loop, percentile, poisson_arrivals
+from benchmarks.qos_picture import drawn
 from benchmarks.qos_ways import ways
 
 ROOT = Path(__file__).parents[1]
@@ -226,3 +228,36 @@ def test_figures_of_requests_and_of_best_effort(report: dict[str, Any]) -> None:
     alone = [row["p99 ratio"] for row in plain if row["beside"] == "nothing"]
     assert alone == pytest.approx([1, 1, 1])
     assert [row["kept"] for row in plain if row["request"] == "nothing"] == [1, 1, 1]
+
+
+def test_the_table(report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "qos-h100.json").write_text(json.dumps(report))
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    lines = readme.qos_table().splitlines()
+    columns = lines[0].count("|")
+    assert all(line.count("|") == columns for line in lines[:-2])
+    for way in ways():
+        assert sum(f"| {way.name} |" in line for line in lines) == 3
+    (row,) = (
+        row
+        for row in report["rows"]
+        if (row["way"], row["regime"], row["beside"]) == ("tiers", "Poisson", "copies")
+    )
+    (line,) = (line for line in lines if line.startswith("| graph, Poisson | tiers |"))
+    assert f"| {row['p99 ratio']:.2f} ({row['kept']:.0%}) |" in line
+
+
+def test_the_picture(report: dict[str, Any]) -> None:
+    picture = ElementTree.fromstring(drawn(report))
+    texts = Counter(element.text for element in picture.iter("{http://www.w3.org/2000/svg}text"))
+    groups = 3
+    for way in ways():
+        assert texts[way.name] == groups
+    for row in report["rows"]:
+        if row["regime"] and row[".item()"] == "no":
+            assert texts[f"{row['p99 ratio']:.2f}"] > 0
+    circles = list(picture.iter("{http://www.w3.org/2000/svg}circle"))
+    with_items = sum(row[".item()"] == "yes" for row in report["rows"])
+    assert len(circles) == with_items + 1, "one more explains them"
+    width = float(picture.get("width", 0))
+    assert all(0 < float(circle.get("cx", 0)) < width for circle in circles)
