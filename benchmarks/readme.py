@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.qos_results import Group, Results
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 
@@ -75,12 +77,33 @@ def evict_table() -> str:
     return _table(header, rows, report)
 
 
+def qos_table() -> str:
+    """Latency beside best effort, for every way to share the device."""
+    report = _report("qos-h100.json")
+    results = Results(report)
+
+    def cell(group: Group, way: str, load: str) -> str:
+        row, with_items = results.row(group, way, load), results.row_with_items(group, way, load)
+        ratios = " / ".join(f"{each['p99 ratio']:.2f}" for each in (row, with_items) if each)
+        return ratios if row["kept"] == "" else f"{ratios} ({row['kept']:.0%})"
+
+    header = "| request | way | SMs | " + " | ".join(f"beside {it}" for it in results.loads) + " |"
+    rows = [
+        f"| {', '.join(group)} | {way} | {results.row(group, way, results.loads[0])['SMs']} | "
+        + " | ".join(cell(group, way, load) for load in results.loads)
+        + " |"
+        for group in results.groups
+        for way in results.ways
+    ]
+    return _table(header, rows, report, "p99")
+
+
 def _report(name: str) -> dict[str, Any]:
     report: dict[str, Any] = json.loads((RESULTS / name).read_text())
     return report
 
 
-def _table(header: str, rows: list[str], report: dict[str, Any]) -> str:
+def _table(header: str, rows: list[str], report: dict[str, Any], of: str = "medians") -> str:
     machine = report["machine"]
     return "\n".join(
         [
@@ -88,7 +111,7 @@ def _table(header: str, rows: list[str], report: dict[str, Any]) -> str:
             "|" + "---:|" * (header.count("|") - 1),
             *rows,
             "",
-            f"{machine['gpu']}, {machine['cores']} cores, torch {machine['torch']}, medians, "
+            f"{machine['gpu']}, {machine['cores']} cores, torch {machine['torch']}, {of}, "
             f"commit {machine['commit']}.",
         ]
     )

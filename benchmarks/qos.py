@@ -1,0 +1,220 @@
+"""Latency of a guaranteed side beside a best-effort side, for every way to share a device.
+
+Ways, with a thread for either side:
+
+one stream    both on torch's default stream
+two streams   a stream each, of the same priority
+priority      the guaranteed side's stream has the highest priority that torch offers
+tiers         a guaranteed and a best-effort context, in sessions
+partitions    the same in partitions; the name tells their shares, ``SMs`` what was granted
+yielding      the best-effort context is one that yields: its operators wait while the other works
+
+In the first three nothing of ours is in the way: no session; the allocator is installed, and passes
+on to torch's. Graphs are captured on the stream that replays them; one stream leaves that to torch,
+as do sessions, which see to it.
+
+Requests are ``graph``, a step of a decode by 8 Llama layers of 4096, captured; and ``generate``,
+eager, 8 tokens of a Llama of 4 layers of 2048. A request is done when its stream is. Regimes are
+``closed``, back to back, and ``Poisson``, an open loop whose arrivals have exponential gaps from a
+fixed seed, the same for all ways. Their mean is twice the median that the graph takes alone on one
+stream: the server is busy half of the time. There a latency begins with the arrival, also if
+another request is being served. Open loops are of graphs, and without the ``.item()`` loop.
+
+Beside them run products of 8192 x 8192, device-to-device copies of 1 GiB, at most eight of them in
+the queue, or another ``generate``. The ``.item()`` loop is one more thread: it makes a small tensor
+on the default stream and reads it, outside of sessions.
+
+count        requests that the percentiles are of, all turns together. A turn of a case is limited
+             in seconds, so slow ones have fewer; of fewer than 100 the p99 is the largest. An open
+             loop that does not keep up counts those that wait at its end, as far as they have.
+p50 p90 p99  milliseconds
+p99 ratio    to the p99 of the same request in the same regime alone on one stream; so the rows
+             beside nothing tell what a way costs by itself
+beside/s     operations of best effort a second, while the requests were measured
+kept         that as a part of the same load's alone on one stream. The rows of no request are of
+             the load alone in its way.
+
+All ways take turns in one run. Both sides share the GIL: who submits kernel by kernel, as
+``generate`` does, also waits for the other side's Python. No way to share a device changes that.
+
+The host device has no streams: one stream, tiers and partitions remain, with smaller work, and
+partitions limit memory only. That shows that the story runs, and no more.
+"""
+
+import gc
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from benchmarks.beside import Operation, repeated
+from benchmarks.latency import back_to_back, open_loop, percentile, poisson_arrivals
+from benchmarks.qos_ways import ONE_STREAM, Sides, Way, device, ways
+from benchmarks.qos_work import GENERATE, GRAPH, item, loads_of, requests_of
+from benchmarks.report import Report
+
+NOTHING = "nothing"
+CLOSED, POISSON = "closed", "Poisson"
+WARM_UP = 3
+COLUMNS = [
+    "way",
+    "SMs",
+    "request",
+    "regime",
+    "beside",
+    ".item()",
+    "count",
+    "p50",
+    "p90",
+    "p99",
+    "p99 ratio",
+    "beside/s",
+    "kept",
+]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How often ways take turns, and how many requests and seconds a case has in each."""
+
+    turns: int
+    limits: dict[str, tuple[int, float]]
+    beside_items: tuple[str, ...]
+
+
+FULL = Size(2, {GRAPH: (120, 0.6), GENERATE: (12, 0.35), NOTHING: (0, 0.15)}, (GRAPH, GENERATE))
+QUICK = Size(1, {GRAPH: (20, 0.08), GENERATE: (2, 0.08), NOTHING: (0, 0.05)}, (GRAPH,))
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: the requests of one kind, in one way, beside something."""
+
+    way: str
+    request: str
+    regime: str
+    beside: str
+    items: bool
+
+
+@dataclass
+class Figures:
+    """What a case came to over all turns: latencies, and the operations beside in seconds."""
+
+    latencies: list[float] = field(default_factory=list)
+    operations: float = 0
+    seconds: float = 0
+
+    @property
+    def rate(self) -> float:
+        """Operations a second."""
+        return self.operations / self.seconds
+
+
+def run(quick: bool) -> Report:
+    """Measure. ``quick`` has fewer requests, and no ``generate`` beside the ``.item()`` loop."""
+    story = Story(QUICK if quick else FULL)
+    compared = ways()
+    for turn in range(story.size.turns):
+        # Who comes first changes, so that a drift of the clocks favours nobody.
+        for way in reversed(compared) if turn % 2 else compared:
+            story.turn(way, turn)
+    report = Report("qos", "milliseconds of a request", COLUMNS, story.rows())
+    report.machine["mean gap of Poisson arrivals"] = f"{1e3 * story.mean_gap:.3f} ms"
+    return report
+
+
+class Story:
+    """All cases, measured turn by turn. The first turn must be that of one stream."""
+
+    def __init__(self, size: Size) -> None:
+        self.size = size
+        self._figures: dict[Case, Figures] = defaultdict(Figures)
+        self._sms: dict[str, str] = {}
+
+    @cached_property
+    def mean_gap(self) -> float:
+        """Seconds between Poisson arrivals: as the first turn has it, and the same for all ways."""
+        alone = self._figures[Case(ONE_STREAM, GRAPH, CLOSED, NOTHING, False)]
+        return 2 * percentile(alone.latencies, 0.5)
+
+    def turn(self, way: Way, seed: int) -> None:
+        """Measure all cases of a way; open loops with the arrivals of the seed."""
+        with device(), way.sides() as sides:
+            self._sms[way.name] = sides.sms
+            self._measure(way.name, sides, seed)
+            gc.unfreeze()
+            gc.collect()  # models are cyclic; their memory goes before their contexts
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for every case."""
+        return [self._row(case, figures) for case, figures in self._figures.items()]
+
+    def _measure(self, way: str, sides: Sides, seed: int) -> None:
+        requests = requests_of(sides)
+        for serve in requests.values():
+            for _ in range(WARM_UP):
+                serve()
+        loads = {NOTHING: None, **loads_of(sides)}
+        # So that the collector has little to walk, and a long pause is not some way's latency.
+        gc.collect()
+        gc.freeze()
+        for beside, load in loads.items():
+            windows: list[tuple[Figures, float, float]] = []
+            with repeated(sides.best_effort, load) if load else nullcontext() as thread:
+                for items in (False, True):
+                    with repeated(nullcontext, Operation(item)) if items else nullcontext():
+                        for case in self._cases(way, beside, items):
+                            figures = self._figures[case]
+                            begin = time.perf_counter()
+                            figures.latencies += self._latencies(case, requests, seed)
+                            windows.append((figures, begin, time.perf_counter()))
+            for figures, begin, end in windows:
+                figures.seconds += end - begin
+                if thread:
+                    figures.operations += thread.completed(begin, end)
+
+    def _cases(self, way: str, beside: str, items: bool) -> Iterator[Case]:
+        if not items and beside != NOTHING:
+            yield Case(way, NOTHING, "", beside, items)
+        for request in self.size.beside_items if items else (GRAPH, GENERATE):
+            yield Case(way, request, CLOSED, beside, items)
+        if not items:
+            yield Case(way, GRAPH, POISSON, beside, items)
+
+    def _latencies(
+        self, case: Case, requests: dict[str, Callable[[], None]], seed: int
+    ) -> list[float]:
+        count, seconds = self.size.limits[case.request]
+        if case.request == NOTHING:
+            time.sleep(seconds)
+            return []
+        if case.regime == POISSON:
+            arrivals = poisson_arrivals(self.mean_gap, count, seed)
+            return open_loop(requests[case.request], arrivals, seconds)
+        return back_to_back(requests[case.request], count, seconds)
+
+    def _row(self, case: Case, figures: Figures) -> dict[str, Any]:
+        row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
+        row |= {
+            "way": case.way,
+            "SMs": self._sms[case.way],
+            "request": case.request,
+            "regime": case.regime,
+            "beside": case.beside,
+            ".item()": "yes" if case.items else "no",
+            "count": len(figures.latencies),
+        }
+        if case.request != NOTHING:
+            alone = self._figures[replace(case, way=ONE_STREAM, beside=NOTHING, items=False)]
+            for name, part in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
+                row[name] = 1e3 * percentile(figures.latencies, part)
+            row["p99 ratio"] = row["p99"] / 1e3 / percentile(alone.latencies, 0.99)
+        if case.beside != NOTHING:
+            alone = self._figures[Case(ONE_STREAM, NOTHING, "", case.beside, False)]
+            row["beside/s"] = figures.rate
+            row["kept"] = figures.rate / alone.rate
+        return row

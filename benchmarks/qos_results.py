@@ -1,0 +1,32 @@
+"""The rows of a stored result of ``qos``, by what they are of."""
+
+from typing import Any
+
+Row = dict[str, Any]
+Group = tuple[str, str]
+
+
+class Results:
+    """The rows that have latencies. A group is a request and a regime."""
+
+    def __init__(self, report: dict[str, Any]) -> None:
+        rows = [row for row in report["rows"] if row["regime"]]
+        self.groups = _distinct((row["request"], row["regime"]) for row in rows)
+        self.ways: list[str] = _distinct(row["way"] for row in rows)
+        self.loads: list[str] = _distinct(row["beside"] for row in rows)
+        self._rows = {
+            (row["request"], row["regime"], row["way"], row["beside"], row[".item()"]): row
+            for row in rows
+        }
+
+    def row(self, group: Group, way: str, load: str) -> Row:
+        """Return the row without the ``.item()`` loop."""
+        return self._rows[(*group, way, load, "no")]
+
+    def row_with_items(self, group: Group, way: str, load: str) -> Row | None:
+        """Return the row with the ``.item()`` loop, if that was measured."""
+        return self._rows.get((*group, way, load, "yes"))
+
+
+def _distinct(values: Any) -> list[Any]:
+    return list(dict.fromkeys(values))

@@ -1,0 +1,263 @@
+"""The story of latency beside best effort: its parts, and all of it on the host device."""
+
+import json
+import math
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import latency, readme
+from benchmarks.beside import Operation, completions, repeated
+from benchmarks.latency import back_to_back, open_loop, percentile, poisson_arrivals
+from benchmarks.qos_picture import drawn
+from benchmarks.qos_ways import ways
+
+ROOT = Path(__file__).parents[1]
+
+# Figures -----------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1), st.floats(0, 1))
+def test_a_percentile_is_the_least_value_that_enough_do_not_exceed(
+    values: list[float], part: float
+) -> None:
+    found = percentile(values, part)
+    assert found in values
+    assert sum(value <= found for value in values) >= part * len(values)
+    assert sum(value < found for value in values) < max(part * len(values), 1)
+
+
+def test_the_p99_of_few_is_the_largest() -> None:
+    assert percentile([3.0, 1.0, 2.0], 0.99) == 3
+    assert percentile([float(value) for value in range(1, 201)], 0.99) == 198
+
+
+def test_poisson_arrivals() -> None:
+    arrivals = poisson_arrivals(0.5, 20_000, seed=1)
+    assert arrivals == poisson_arrivals(0.5, 20_000, seed=1)
+    assert arrivals[:10] == poisson_arrivals(0.5, 10, seed=1)
+    assert arrivals[:10] != poisson_arrivals(0.5, 10, seed=2)
+    gaps = [after - before for before, after in zip([0.0, *arrivals], arrivals, strict=False)]
+    assert min(gaps) >= 0
+    assert arrivals[-1] / 20_000 == pytest.approx(0.5, rel=0.03)
+    # No other distribution has this of every part of its gaps.
+    for multiple in (0.5, 1, 2):
+        longer = sum(gap > multiple * 0.5 for gap in gaps) / len(gaps)
+        assert longer == pytest.approx(math.exp(-multiple), abs=0.02)
+
+
+@given(st.lists(st.floats(1e-3, 10), min_size=2, max_size=20), st.data())
+def test_completions_count_whole_operations_and_parts_of_the_next(
+    gaps: list[float], data: st.DataObject
+) -> None:
+    ends = [sum(gaps[: index + 1]) for index in range(len(gaps))]
+    for count, end in enumerate(ends, 1):
+        assert completions(ends, end) == count
+    assert completions(ends, 0) == 0
+    assert completions(ends, ends[-1] + 1) == len(ends)
+    index = data.draw(st.integers(1, len(gaps) - 1))
+    moment = ends[index - 1] + gaps[index] / 4
+    assert completions(ends, moment) == pytest.approx(index + 0.25, abs=1e-6)
+
+
+# Loops -------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Time that passes when somebody sleeps, and a little when he looks at it."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def serve_2_s(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """A request of two seconds, with a clock that the loops look at."""
+    clock = Clock()
+    monkeypatch.setattr(latency, "time", clock)
+    return lambda: clock.sleep(2)
+
+
+def test_requests_back_to_back(serve_2_s: Callable[[], None]) -> None:
+    assert back_to_back(serve_2_s, 3, 100) == pytest.approx([2, 2, 2], abs=1e-3)
+    assert back_to_back(serve_2_s, 100, 5) == pytest.approx([2, 2, 2], abs=1e-3)
+
+
+def test_latencies_of_an_open_loop_begin_with_the_arrival(serve_2_s: Callable[[], None]) -> None:
+    latencies = open_loop(serve_2_s, [0, 1, 1.5, 10, 13], 100)
+    assert latencies == pytest.approx([2, 3, 4.5, 2, 2], abs=1e-3)
+
+
+def test_an_open_loop_that_does_not_keep_up_counts_those_that_wait(
+    serve_2_s: Callable[[], None],
+) -> None:
+    latencies = open_loop(serve_2_s, [float(second) for second in range(100)], 9)
+    served, waiting = [2, 3, 4, 5, 6], [5, 4, 3, 2, 1, 0]
+    assert latencies == pytest.approx(served + waiting, abs=1e-3)
+
+
+# Threads beside ----------------------------------------------------------------------------------
+
+
+def test_an_operation_is_repeated_behind_its_border_until_the_block_ends() -> None:
+    begun: Counter[threading.Thread] = Counter()
+    many = threading.Event()
+
+    @contextmanager
+    def border() -> Any:
+        begun[threading.current_thread()] += 100
+        yield
+
+    def submit() -> None:
+        begun[threading.current_thread()] += 1
+        if begun.total() > 110:
+            many.set()
+
+    with repeated(border, Operation(submit, queued=3)) as thread:
+        assert begun.total() >= 103, "not steady"
+        assert many.wait(30)
+    (worker,) = begun
+    assert worker is not threading.current_thread()
+    assert not worker.is_alive()
+    assert thread.completed(0, math.inf) == begun.total() - 100, "some were not waited for"
+
+
+def test_nothing_is_measured_beside_an_operation_that_fails_at_once() -> None:
+    def submit() -> None:
+        raise ArithmeticError("of the thread")
+
+    with (
+        pytest.raises(ArithmeticError, match="of the thread"),
+        repeated(nullcontext, Operation(submit)),
+    ):
+        pytest.fail("measured")
+
+
+def test_what_an_operation_raises_later_is_raised_at_the_end() -> None:
+    measuring = threading.Event()
+    done: list[int] = []
+
+    def submit() -> None:
+        done.append(1)
+        if len(done) > 1:
+            assert measuring.wait(30)
+            raise ArithmeticError("of the thread")
+
+    with (
+        pytest.raises(ArithmeticError, match="of the thread"),
+        repeated(nullcontext, Operation(submit)),
+    ):
+        measuring.set()
+    assert measuring.is_set()
+
+
+def test_a_thread_ends_with_the_block_that_fails() -> None:
+    before = threading.enumerate()
+    with pytest.raises(KeyError), repeated(nullcontext, Operation(lambda: None)):
+        raise KeyError
+    assert threading.enumerate() == before
+
+
+# All of it ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the story says on this machine; as if it had a GPU, which tables and pictures name."""
+    path = tmp_path_factory.mktemp("qos") / "result.json"
+    command = [sys.executable, "-m", "benchmarks", "qos", "--quick", "--json", str(path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found: dict[str, Any] = json.loads(path.read_text())
+    found["machine"]["gpu"] = "GPU"
+    return found
+
+
+def test_every_case_is_measured_in_every_way(report: dict[str, Any]) -> None:
+    found = [
+        (row["way"], row["request"], row["regime"], row["beside"], row[".item()"])
+        for row in report["rows"]
+    ]
+    loads = ("matmul", "copies", "generate")
+    expected = [(way.name, "nothing", "", load, "no") for way in ways() for load in loads]
+    expected += [
+        (way.name, request, regime, load, items)
+        for way in ways()
+        for load in ("nothing", *loads)
+        for request, regime, items in (
+            ("graph", "closed", "no"),
+            ("graph", "closed", "yes"),
+            ("graph", "Poisson", "no"),
+            ("generate", "closed", "no"),
+        )
+    ]
+    assert {"one stream", "tiers"} <= {way.name for way in ways()}
+    assert Counter(found) == Counter(expected)
+
+
+def test_figures_of_requests_and_of_best_effort(report: dict[str, Any]) -> None:
+    for row in report["rows"]:
+        if row["request"] == "nothing":
+            assert row["count"] == 0
+        else:
+            assert row["count"] > 0
+            assert 0 < row["p50"] <= row["p90"] <= row["p99"]
+            assert row["p99 ratio"] > 0
+        if row["beside"] == "nothing":
+            assert row["beside/s"] == row["kept"] == ""
+        else:
+            assert row["beside/s"] >= 0
+    plain = [row for row in report["rows"] if row["way"] == "one stream" and row[".item()"] == "no"]
+    alone = [row["p99 ratio"] for row in plain if row["beside"] == "nothing"]
+    assert alone == pytest.approx([1, 1, 1])
+    assert [row["kept"] for row in plain if row["request"] == "nothing"] == [1, 1, 1]
+
+
+def test_the_table(report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "qos-h100.json").write_text(json.dumps(report))
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    lines = readme.qos_table().splitlines()
+    columns = lines[0].count("|")
+    assert all(line.count("|") == columns for line in lines[:-2])
+    for way in ways():
+        assert sum(f"| {way.name} |" in line for line in lines) == 3
+    (row,) = (
+        row
+        for row in report["rows"]
+        if (row["way"], row["regime"], row["beside"]) == ("tiers", "Poisson", "copies")
+    )
+    (line,) = (line for line in lines if line.startswith("| graph, Poisson | tiers |"))
+    assert f"| {row['p99 ratio']:.2f} ({row['kept']:.0%}) |" in line
+
+
+def test_the_picture(report: dict[str, Any]) -> None:
+    picture = ElementTree.fromstring(drawn(report))
+    texts = Counter(element.text for element in picture.iter("{http://www.w3.org/2000/svg}text"))
+    groups = 3
+    for way in ways():
+        assert texts[way.name] == groups
+    for row in report["rows"]:
+        if row["regime"] and row[".item()"] == "no":
+            assert texts[f"{row['p99 ratio']:.2f}"] > 0
+    circles = list(picture.iter("{http://www.w3.org/2000/svg}circle"))
+    with_items = sum(row[".item()"] == "yes" for row in report["rows"])
+    assert len(circles) == with_items + 1, "one more explains them"
+    width = float(picture.get("width", 0))
+    assert all(0 < float(circle.get("cx", 0)) < width for circle in circles)
