@@ -81,9 +81,7 @@ def _two_streams(priority: int) -> Iterator[Sides]:
 
 
 @contextmanager
-def _tiers(
-    sms: str = "all", partitioned: bool = False, yields: bool = False
-) -> Iterator[Sides]:
+def _tiers(sms: str = "all", partitioned: bool = False, yields: bool = False) -> Iterator[Sides]:
     borders: list[Border] = []
     with ExitStack() as stack:
         for name, qos in TIERS.items():
