@@ -14,43 +14,57 @@ using std::chrono::milliseconds;
 
 constexpr microseconds kAhead{500};
 constexpr std::size_t kMostMarks = 64;
+constexpr std::size_t kFewMarks = 8;
+constexpr microseconds kMarkEvery{100};  // where operations are short
 constexpr microseconds kLookAgain{50};
+constexpr microseconds kNextRequest{200};
 constexpr milliseconds kIdleFor{2};  // longer than the gaps of a model that is run eagerly
 constexpr milliseconds kLongestHold{100};
 
 }  // namespace
 
-// The window grows by one and is halved, as a sender's does whose network is congested.
+// As a sender does whose network is congested.
+void ComputeGate::RunAhead::adapt(Clock::duration took) {
+  if (took > kAhead) window_ /= 2;
+  if (took < kAhead / 2) window_ = std::min(window_ + 1, kMostMarks);
+}
+
 void ComputeGate::RunAhead::limit(Device& device, StreamId stream) {
   if (stream != stream_) {
     marks_.clear();
     stream_ = stream;
   }
   if (device.is_idle(stream)) {
-    if (!marks_.empty()) window_ = std::min(window_ + 1, kMostMarks);
+    if (!marks_.empty() && Clock::now() - marks_.front().submitted < kAhead) adapt({});
     marks_.clear();
-    return;
+  } else {
+    marks_.push_back({device.record(stream), last_});
   }
-  marks_.push_back({device.record(stream), Clock::now()});
   while (marks_.size() > window_) {
     const Mark mark = marks_.front();
     marks_.pop_front();
     if (device.is_done(mark.event)) {
-      window_ = std::min(window_ + 1, kMostMarks);
+      // Nobody knows since when.
+      if (Clock::now() - mark.submitted < kAhead) adapt({});
       continue;
     }
     const Blocking blocking;
     device.synchronize_event(mark.event);
-    const auto took = Clock::now() - mark.made;
-    if (took > kAhead) window_ /= 2;
-    if (took < kAhead / 2) window_ = std::min(window_ + 1, kMostMarks);
+    adapt(Clock::now() - mark.submitted);
   }
+  last_ = Clock::now();
 }
 
 void ComputeGate::enrol(const std::shared_ptr<Context>& context) {
   const std::lock_guard lock(mutex_);
   std::erase_if(guaranteed_, [](const auto& known) { return known.expired(); });
   guaranteed_.push_back(context);
+}
+
+bool ComputeGate::is_open() const {
+  if (sessions_.load(std::memory_order_acquire) != 0) return false;
+  const Clock::duration ended(ended_.load(std::memory_order_relaxed));
+  return Clock::now().time_since_epoch() - ended > kNextRequest;
 }
 
 bool ComputeGate::is_working() {
@@ -70,7 +84,7 @@ void ComputeGate::hold(RunAhead& ahead) {
   Clock::time_point worked = start;
   while (!is_open()) {
     const Clock::time_point now = Clock::now();
-    if (is_working()) worked = now;
+    if (sessions_.load(std::memory_order_relaxed) == 0 || is_working()) worked = now;
     ahead.passes_ = now - worked > kIdleFor;
     if (ahead.passes_ || now - start > kLongestHold) return;
     std::this_thread::sleep_for(kLookAgain);
@@ -78,9 +92,13 @@ void ComputeGate::hold(RunAhead& ahead) {
 }
 
 void ComputeGate::pass(StreamId stream, RunAhead& ahead) {
+  const bool is_open = this->is_open();
+  const bool is_marked = ahead.stream_ == stream && ahead.window_ > kFewMarks &&
+                         Clock::now() - ahead.last_ < kMarkEvery;
+  if (is_open && is_marked) return;
   // Nothing may be asked of a stream that is captured, nor waited for.
   if (device_->is_capturing(stream)) return;
-  if (is_open()) {
+  if (is_open) {
     ahead.passes_ = false;
   } else if (!ahead.passes_ || is_working()) {
     hold(ahead);
