@@ -257,6 +257,21 @@ def test_qos_policy_evaluator(capsys: pytest.CaptureFixture[str]) -> None:
     assert (admitted.task_id, admitted.decision) == ("inference-2", "admit")
 
 
+def test_background_work_that_waits() -> None:
+    done: list[str | None] = []
+
+    def batch_job() -> torch.Tensor:
+        current = pgk.current_context()
+        done.append(current and current.name)
+        return torch.ones(3) * 2
+
+    names = run("Background work that waits", batch_job=batch_job)
+    assert done == ["batch"]
+    assert names["batch"].yields
+    assert not names["serving"].yields
+    assert torch.equal(names["result"], torch.full((3,), 2.0))
+
+
 def test_every_snippet_of_the_guide_is_tested() -> None:
     chapters = re.findall(r"^## (.*)\n(?:(?!^## ).*\n)*?```python", GUIDE, re.MULTILINE)
     tests = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
