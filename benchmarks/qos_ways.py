@@ -53,7 +53,6 @@ def ways() -> list[Way]:
     for share in SHARES:
         name = f"partitions {1 - share:.2f}/{share:.2f}"
         found.append(Way(name, partial(_partitions, share)))
-    found.append(Way(f"{name}, yielding", partial(_partitions, share, yields=True)))
     return found
 
 
@@ -98,7 +97,7 @@ def _tiers(sms: str = "all", partitioned: bool = False, yields: bool = False) ->
 
 
 @contextmanager
-def _partitions(share: float, yields: bool = False) -> Iterator[Sides]:
+def _partitions(share: float) -> Iterator[Sides]:
     manager = native.PartitionManager(native.PartitionConfig(total_memory=sum(BUDGETS.values())))
     with ExitStack() as stack:
         # The last one gets what rounding takes from the others.
@@ -108,5 +107,5 @@ def _partitions(share: float, yields: bool = False) -> Iterator[Sides]:
             stack.callback(manager.delete_partition, name)
         counts = [manager.get_partition(name).sm_count for name in TIERS]
         sms = "all" if None in counts else "/".join(map(str, counts))
-        with _tiers(sms, partitioned=True, yields=yields) as sides:
+        with _tiers(sms, partitioned=True) as sides:
             yield sides
