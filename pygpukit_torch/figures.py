@@ -12,6 +12,9 @@ class ContextStats:
 
     Attributes:
         state: ``"destroyed"`` while live tensors remain.
+        sessions: open ones. One entered within another counts, too, and so do the threads and tasks
+            that were started in one.
+        waiting: sessions that wait for their turn (see ``max_sessions``).
         evictions: how often pages of it were moved to host memory, and ``restores`` back.
         bytes_out: what was copied to host memory, and ``bytes_in`` back.
         pages_unchanged: pages that were moved out without a copy.
@@ -22,6 +25,8 @@ class ContextStats:
     qos: QoSPolicy
     state: str
     usage: ContextUsage
+    sessions: int
+    waiting: int
     live_blocks: int
     evictions: int
     restores: int

@@ -74,13 +74,22 @@ class Runtime:
         with self.lock:
             return list(self._contexts.values())
 
-    def create(self, name: str, max_vram: int, base_vram: int, qos: QoSPolicy) -> ExecutionContext:
+    def create(
+        self,
+        name: str,
+        max_vram: int,
+        base_vram: int,
+        qos: QoSPolicy,
+        max_sessions: int | None = None,
+    ) -> ExecutionContext:
         """Create a context; arguments are checked by the caller and by the manager."""
         with self.lock:
             if self._closed:
                 raise InitializationError("shutdown() was called while the context was created")
-            handle = self.manager.create_context(name, max_vram, base_vram, qos.tier)
-            context = self._contexts[name] = ExecutionContext(self, handle, qos)
+            handle = self.manager.create_context(
+                name, max_vram, base_vram, qos.tier, max_sessions or 0
+            )
+            context = self._contexts[name] = ExecutionContext(self, handle, qos, max_sessions)
             return context
 
     def destroy(self, context: ExecutionContext) -> None:

@@ -10,7 +10,7 @@ from pygpukit_torch.memory import GB, KB, MB, ContextUsage, check_bytes
 from pygpukit_torch.pressure import Handler, PressureHandler
 from pygpukit_torch.qos import QoSPolicy
 from pygpukit_torch.session import ContextSession
-from pygpukit_torch.settings import Wishes, check_device_id
+from pygpukit_torch.settings import Wishes, check_device_id, check_seconds
 from pygpukit_torch.streams import (
     ContextEvent,
     ContextStream,
@@ -113,6 +113,7 @@ def create_context(
     base_vram: int | None = None,
     qos: QoSPolicy = QoSPolicy.BURSTABLE,
     partition: str | None = None,
+    max_sessions: int | None = None,
     device_id: int | None = None,
 ) -> ExecutionContext:
     """Create a context; initializes with the defaults if needed.
@@ -124,11 +125,15 @@ def create_context(
             context, which cannot have less, and 0 for others; best effort cannot have more.
         qos: the tier.
         partition: the name of the partition that the context belongs to. There are none yet.
+        max_sessions: how many sessions of it may be open at a time; None for any number. More wait
+            for their turn, by tier, then first come, first served. What is entered within a
+            session of the context, by the same thread or task or by those started there, counts
+            as one with it.
         device_id: the device, which must be the one that was initialized.
 
     Raises:
         ValueError: a duplicate name, sizes that are inconsistent or exceed the device, an unknown
-            partition or device.
+            partition or device, ``max_sessions`` below 1.
         TypeError: an argument is of the wrong type.
         AdmissionError: the reservation does not fit beside those already made.
     """
@@ -144,6 +149,8 @@ def create_context(
     base_vram = check_bytes("base_vram", base_vram, least=0)
     if partition is not None:
         raise ValueError(f"unknown partition {partition!r}: there are no partitions")
+    if max_sessions is not None:
+        _check_max_sessions(max_sessions)
     if device_id is not None:
         check_device_id("device_id", device_id)
     runtime = _runtime.get_or_initialize()
@@ -151,7 +158,16 @@ def create_context(
         raise ValueError(
             f"device_id {device_id} is not the initialized {runtime.settings.device_id}"
         )
-    return runtime.create(name, max_vram, base_vram, qos)
+    return runtime.create(name, max_vram, base_vram, qos, max_sessions)
+
+
+def _check_max_sessions(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"max_sessions must be an int or None, got {type(value).__name__} {value!r}"
+        )
+    if not 1 <= value <= 2**31:
+        raise ValueError(f"max_sessions must be at least 1 and a sensible number, got {value}")
 
 
 def get_context(name: str) -> ExecutionContext:
@@ -183,7 +199,9 @@ def current_context() -> ExecutionContext | None:
     return runtime.current() if runtime else None
 
 
-def context_session(context: ExecutionContext, *, wait: bool = True) -> ContextSession:
+def context_session(
+    context: ExecutionContext, *, wait: bool = True, timeout: float | None = None
+) -> ContextSession:
     """Return a session: ``with context_session(ctx):`` runs its body in the context.
 
     With ``async with`` it is the running task's, whatever else runs on the thread between two of
@@ -195,21 +213,27 @@ def context_session(context: ExecutionContext, *, wait: bool = True) -> ContextS
     the context's stream is current; its work starts after what the thread had submitted before, and
     leaving waits until the context's stream is done, so that results can be read right away.
     Entering brings back what of the context was evicted. Sessions nest, and a session object may
-    be entered again, also by other threads.
+    be entered again, also by other threads. Where the number of sessions is limited
+    (``max_sessions``), entering waits for its turn first, unless the caller is in already.
 
     Args:
         context: the context.
         wait: False neither orders at the start nor waits at the end: for those who order work by
             events themselves.
+        timeout: seconds that entering may wait for its turn; 0 does not wait, None waits as long as
+            it takes. It does not limit what comes then, such as bringing the context back.
 
     Raises:
-        TypeError: ``context`` is no context, or ``wait`` no bool.
+        TypeError: ``context`` is no context, ``wait`` no bool, or ``timeout`` no number.
+        ValueError: ``timeout`` is negative, or more than a million seconds.
+        SessionTimeoutError: on entering, if it was not its turn within ``timeout``.
         ContextDestroyedError: on entering, if it has been destroyed.
         torch.OutOfMemoryError: on entering, if it is evicted and there is no room for it; nothing
             is lost, and it can be entered later.
         SessionError: on leaving in another thread than the one that entered; on entering in the
             middle of a CUDA graph capture; on leaving a ``with`` that was held across an ``await``;
-            on ``async with`` where no event loop of asyncio runs, or one that cannot be followed.
+            on ``async with`` where no event loop of asyncio runs, or one that cannot be followed;
+            on entering by ``with`` where an event loop runs, if it would have to wait for its turn.
         DeviceError: on leaving, if the work on the device failed; on entering, if pages could not
             be brought back.
     """
@@ -217,7 +241,9 @@ def context_session(context: ExecutionContext, *, wait: bool = True) -> ContextS
         raise TypeError(f"wait must be a bool, got {type(wait).__name__} {wait!r}")
     if not isinstance(context, ExecutionContext):  # not _checked(): a call costs
         _checked(context)
-    return ContextSession(context, wait)
+    if timeout is not None:
+        check_seconds("timeout", timeout)
+    return ContextSession(context, wait, timeout)
 
 
 def get_available_vram() -> int:
@@ -329,6 +355,8 @@ def stats() -> SchedulerStats:
                 qos=QoSPolicy(context.tier.name),
                 state="destroyed" if context.orphan else states[context.name],
                 usage=ContextUsage.of(context),
+                sessions=context.sessions,
+                waiting=context.waiting,
                 live_blocks=context.live_blocks,
                 evictions=context.counters.evictions,
                 restores=context.counters.restores,

@@ -33,6 +33,7 @@ Context::Context(const std::shared_ptr<Manager>& manager, ContextSpec spec, Ledg
                  std::size_t page_bytes, std::uint32_t page_count, std::uint32_t segment_pages,
                  Address address, StreamId stream)
     : is_on_host_(manager->device()->properties().is_host),
+      entrance_(spec.name, spec.tier, spec.max_sessions),
       arena_(page_bytes, page_count, page_count - segment_pages),
       address_(address),
       lanes_{stream},

@@ -206,6 +206,10 @@ void Manager::require_open(const Context& context) const {
 
 void Manager::destroy_context(Context& context) {
   const Blocking blocking;
+  // After the lock: who waits to enter it is refused by now.
+  const ScopeExit tell([&] {
+    if (!context.is_open()) context.entrance_.close();
+  });
   Lock lock(mutex_);
   wait_until_still(lock, context);
   {

@@ -12,6 +12,7 @@ void bind_cuda(pybind11::module_& module);
 void bind_core(pybind11::module_& module);
 void bind_manager(pybind11::module_& module);
 void bind_memory_pool(pybind11::module_& module);
+void bind_session_queue(pybind11::module_& module);
 void bind_session(pybind11::module_& module);
 void bind_event_loop(pybind11::module_& module);
 

@@ -51,6 +51,7 @@ void bind_records(py::module_& module) {
       .def_readonly("available", &Usage::available)
       .def_readonly("live_blocks", &Usage::live_blocks)
       .def_readonly("sessions", &Usage::sessions)
+      .def_readonly("waiting", &Usage::waiting)
       .def_readonly("counters", &Usage::counters);
 
   py::class_<DeviceUsage>(module, "DeviceUsage")
@@ -117,6 +118,7 @@ void bind_context(py::module_& module) {
           },
           py::arg("address"))
       .def("reset_peak", &Context::reset_peak)
+      .def("set_partition_gate", &Context::set_partition_gate, py::arg("gate"))
       .def_property_readonly("id", &Context::id)
       .def_property_readonly("name", &Context::name)
       .def_property_readonly("tier", &Context::tier)
@@ -126,6 +128,7 @@ void bind_context(py::module_& module) {
       .def_property_readonly("used_bytes", &Context::used_bytes)
       .def_property_readonly("is_destroyed", &Context::is_destroyed)
       .def_property_readonly("sessions", &Context::sessions)
+      .def_property_readonly("waiting", &Context::waiting)
       .def_property_readonly("is_ready", &Context::is_ready)
       .def_property_readonly("counters", &Context::counters);
 }
@@ -147,13 +150,13 @@ void bind_manager(py::module_& module) {
            py::arg("host_backup") = 0, py::arg("claim_timeout") = 10.0)
       .def(
           "create_context",
-          [](const py::object& self, std::string name, std::size_t max, std::size_t base,
-             Tier tier) {
+          [](const py::object& self, std::string name, std::size_t max, std::size_t base, Tier tier,
+             std::size_t max_sessions) {
             auto& manager = self.cast<Manager&>();
             std::shared_ptr<Context> context;
             {
               const py::gil_scoped_release unlocked;
-              context = manager.create_context({std::move(name), max, base, tier});
+              context = manager.create_context({std::move(name), max, base, tier, max_sessions});
             }
             // Not py::keep_alive: it crashes when an argument does not convert.
             py::object result = py::cast(context);
@@ -161,7 +164,7 @@ void bind_manager(py::module_& module) {
             return result;
           },
           py::arg("name"), py::arg("max"), py::arg("base") = 0,
-          py::arg_v("tier", Tier::burstable, "Tier.burstable"))
+          py::arg_v("tier", Tier::burstable, "Tier.burstable"), py::arg("max_sessions") = 0)
       .def("destroy_context", &Manager::destroy_context, py::arg("context").none(false), Unlocked())
       .def("resize_context", &Manager::resize_context, py::arg("context"), py::arg("max"),
            py::arg("base"), Unlocked())

@@ -10,6 +10,7 @@ PYBIND11_MODULE(native, module) {
 #endif
   pgk::python::bind_core(module);
   pgk::python::bind_memory_pool(module);
+  pgk::python::bind_session_queue(module);
   pgk::python::bind_session(module);
   pgk::python::bind_manager(module);
 }
