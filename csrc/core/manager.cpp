@@ -206,10 +206,6 @@ void Manager::require_open(const Context& context) const {
 
 void Manager::destroy_context(Context& context) {
   const Blocking blocking;
-  // After the lock: who waits to enter it is refused by now.
-  const ScopeExit tell([&] {
-    if (!context.is_open()) context.entrance_.close();
-  });
   Lock lock(mutex_);
   wait_until_still(lock, context);
   {
@@ -224,6 +220,7 @@ void Manager::destroy_context(Context& context) {
     context.manager_of_orphan_ = shared_from_this();
     drop_reservation(context);
   }
+  context.entrance_.close();
   const auto it = std::find_if(contexts_.begin(), contexts_.end(),
                                [&](const auto& entry) { return entry.get() == &context; });
   orphans_.push_back(std::move(*it));

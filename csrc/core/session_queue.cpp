@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <iterator>
 #include <mutex>
 #include <utility>
 
@@ -114,7 +115,8 @@ SessionTicket::SessionTicket(const List& around)
   const Lock lock(queue().mutex);
   number_ = ++queue().tickets;
   for (const auto& ticket : around) {
-    slots_.insert(slots_.end(), ticket->slots_.begin(), ticket->slots_.end());
+    std::copy_if(ticket->slots_.begin(), ticket->slots_.end(), std::back_inserter(slots_),
+                 [](const auto& slot) { return slot->holders > 0; });
   }
 }
 

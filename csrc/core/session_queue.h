@@ -8,7 +8,8 @@
 // Who is in need not queue up again: what is entered within shares the slots of what is around it,
 // gate by gate. A slot is given back when the last of those who share it has been left.
 //
-// One lock for all gates, because an entry may need several. Only contexts that have gates take it.
+// One lock for all gates, because an entry may need several. Only contexts that have gates take it,
+// and under it no other one is taken.
 #pragma once
 
 #include <array>

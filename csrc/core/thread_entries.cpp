@@ -49,11 +49,9 @@ SessionTicket::List tickets_of_thread() {
 void lock_sessions() {
   registry().mutex.lock();
   for (ThreadEntries* thread : registry().threads) thread->mutex.lock();
-  lock_session_queue();
 }
 
 void unlock_sessions() {
-  unlock_session_queue();
   for (ThreadEntries* thread : registry().threads) thread->mutex.unlock();
   registry().mutex.unlock();
 }

@@ -153,7 +153,8 @@ class QueueMachine(RuleBasedStateMachine):
     def inherit(self, around: list[Entry]) -> Entry:
         ticket = native.SessionTicket.inherited([entry.ticket for entry in around])
         assert ticket is not None
-        entry = Entry(ticket, -1, [slot for other in around for slot in other.slots])
+        open_slots = [slot for other in around for slot in other.slots if slot.holders > 0]
+        entry = Entry(ticket, -1, open_slots)
         ticket.notify(self.bell)
         self.all.append(entry)
         return entry

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import uvloop
 
 import pygpukit_torch as pgk
 from pygpukit_torch import (
@@ -424,7 +425,7 @@ def test_closed_and_forgotten_while_they_wait(run: Run[Any], one: pgk.ExecutionC
 
 def test_a_loop_that_is_closed_while_its_tasks_wait(one: pgk.ExecutionContext) -> None:
     with Occupant(one):
-        for make_loop in (asyncio.new_event_loop, LOOPS["uvloop"].__globals__["new_event_loop"]):
+        for make_loop in (asyncio.new_event_loop, uvloop.new_event_loop):
             loop = make_loop()
             task = loop.create_task(enter(one))
             loop.run_until_complete(asyncio.sleep(0.001))
