@@ -50,11 +50,18 @@ class ExecutionContext:
     :func:`pygpukit_torch.context_session`.
     """
 
-    def __init__(self, runtime: "Runtime", handle: native.Context, qos: QoSPolicy) -> None:
+    def __init__(
+        self,
+        runtime: "Runtime",
+        handle: native.Context,
+        qos: QoSPolicy,
+        max_sessions: int | None,
+    ) -> None:
         self._runtime = runtime
         self._native = handle
         self._name = handle.name
         self._qos = qos
+        self._max_sessions = max_sessions
         self._stream = self._wrapped_stream()
         usage = runtime.manager.usage(handle)
         self._max_vram = usage.max
@@ -79,6 +86,11 @@ class ExecutionContext:
     def qos(self) -> QoSPolicy:
         """The tier."""
         return self._qos
+
+    @property
+    def max_sessions(self) -> int | None:
+        """How many sessions may be open at a time; None for any number."""
+        return self._max_sessions
 
     @property
     def stream(self) -> ContextStream | CudaContextStream:
@@ -257,7 +269,8 @@ class ExecutionContext:
         For storage that torch did not allocate in a session of the context: weights that were
         loaded elsewhere, memory-mapped files, ``torch.from_numpy``. On CUDA it brings what is in
         host memory to the device, as ``.to("cuda")`` in a session does. What is in the context
-        already is not copied. Shared storages stay shared within one call.
+        already is not copied. Shared storages stay shared within one call. It is done in a session,
+        which waits for its turn if the context has ``max_sessions``.
 
         Args:
             target: a module, whose parameters and buffers are replaced in place, or a tensor.
@@ -271,6 +284,7 @@ class ExecutionContext:
                 then as before.
             torch.OutOfMemoryError: the budget does not suffice; a module is then as before.
             ContextDestroyedError: it has been destroyed.
+            SessionError: it would have to wait for its turn in a running event loop.
         """
         if not isinstance(target, torch.nn.Module | torch.Tensor):
             raise TypeError(f"place() takes a module or a tensor, got {type(target).__name__}")
@@ -278,7 +292,7 @@ class ExecutionContext:
             return copy_into_current(self._native, self._runtime.torch_device, target)
 
     def destroy(self) -> None:
-        """Give the name and the reservation back.
+        """Give the name and the reservation back. Sessions that wait for their turn are refused.
 
         Memory that live tensors still hold stays with the device until the last is gone.
 

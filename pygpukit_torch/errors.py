@@ -15,6 +15,7 @@ __all__ = [
     "InvariantError",
     "PyGPUKitError",
     "SessionError",
+    "SessionTimeoutError",
 ]
 
 
@@ -50,7 +51,11 @@ class ContextBusyError(PyGPUKitError, RuntimeError):
 
 
 class SessionError(PyGPUKitError, RuntimeError):
-    """A session was left in a thread that had not entered it."""
+    """A session was entered or left where it cannot be; the message says why."""
+
+
+class SessionTimeoutError(SessionError, TimeoutError):
+    """A session did not get its turn in time; the message has the limit, and who is before it."""
 
 
 class ForkError(PyGPUKitError, RuntimeError):

@@ -56,6 +56,7 @@ class _Wrapped:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.users = 0
+        self._turns: _Turns | None = None
         self._own: dict[str, Any] = {}  # what the instance itself had by these names
         self._ours: dict[str, Any] = {}
         try:
@@ -74,14 +75,59 @@ class _Wrapped:
         if own is not None:
             self._own[name] = own
 
+    def turns(self, loop: asyncio.AbstractEventLoop) -> "_Turns":
+        """Return who waits on the loop for a turn. In the loop's thread only."""
+        if self._turns is None:
+            self._turns = _Turns(loop)
+        return self._turns
+
     def unwrap(self, loop: asyncio.AbstractEventLoop) -> None:
         """Put back what was there, unless somebody else has wrapped it meanwhile."""
+        if self._turns is not None:
+            self._turns.close(loop)
         for name, wrapper in self._ours.items():
             if vars(loop).get(name) is not wrapper:
                 continue
             delattr(loop, name)
             if name in self._own:
                 setattr(loop, name, self._own[name])
+
+
+class _Turns:
+    """The tasks of a loop that wait for their turn. One file wakes them all."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._bell = native.TurnBell()
+        self._waiting: dict[int, asyncio.Future[None]] = {}
+        # Whoever comes first may be in a session; the others are not.
+        contextvars.Context().run(loop.add_reader, self._bell.fileno(), self._ring)
+
+    def _ring(self) -> None:
+        for number in self._bell.take():
+            self._wake(number)
+
+    def _wake(self, number: int) -> None:
+        future = self._waiting.get(number)
+        if future is not None and not future.done():
+            future.set_result(None)
+
+    async def wait(self, ticket: native.SessionTicket, timeout: float | None) -> None:
+        """Suspend the task until the ticket is not waiting any more, or the time is over."""
+        loop = asyncio.get_running_loop()
+        future = self._waiting[ticket.number] = loop.create_future()
+        timer = None if timeout is None else loop.call_later(timeout, self._wake, ticket.number)
+        try:
+            ticket.notify(self._bell)
+            await future
+        finally:
+            del self._waiting[ticket.number]
+            if timer is not None:
+                timer.cancel()
+
+    def close(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Nobody waits any more."""
+        if not loop.is_closed():
+            loop.remove_reader(self._bell.fileno())
 
 
 # The collector may end a forgotten task at any time, in the middle of what follows, too.
@@ -123,6 +169,12 @@ class Membership:
                 if getattr(loop, _ATTRIBUTE, None) is wrapped:
                     break
             self._loop = loop
+
+    async def turn(self, ticket: native.SessionTicket, timeout: float | None) -> None:
+        """Suspend the task while the ticket is waiting, ``timeout`` seconds at most."""
+        assert self._loop is not None
+        turns = getattr(self._loop, _ATTRIBUTE).turns(self._loop)
+        await turns.wait(ticket, timeout)
 
     def end(self) -> None:
         """Take this one away. Once is enough, and being forgotten does it, too."""
@@ -171,7 +223,8 @@ def _inheriting(
                     return asyncio.Task(coro, loop=loop, context=context, **options)
                 return make()
             variables = context
-        inherited = native.TaskEntry(outer.context, None)
+        ticket = native.SessionTicket.inherited()
+        inherited = native.TaskEntry(outer.context, None, ticket)
         membership = Membership(loop)
 
         def end(_: object = None) -> None:
@@ -201,6 +254,23 @@ async def finish(job: native.Job) -> None:
     """Suspend the task until the job is done. Raises what it failed with."""
     await wait(job.is_done, job.notify)
     job.result()
+
+
+async def turn(ticket: native.SessionTicket, timeout: float | None) -> None:
+    """Suspend the task until it is the ticket's turn. The caller ends it if this fails.
+
+    Raises:
+        SessionTimeoutError: it was not within ``timeout`` seconds.
+        SessionError: no loop runs here that sessions can follow.
+    """
+    if ticket.is_waiting and timeout != 0:
+        membership = Membership(running_loop())
+        try:
+            await membership.turn(ticket, timeout)
+        finally:
+            membership.end()
+    if ticket.is_waiting:
+        ticket.give_up(timeout)
 
 
 async def wait(is_done: Callable[[], bool], notify: Callable[[native.Alarm], None] | None) -> None:

@@ -13,6 +13,9 @@ class ContextStats:
     Attributes:
         partition: the id of the partition it is in, if any.
         state: ``"destroyed"`` while live tensors remain.
+        sessions: open ones. One entered within another counts, too, and so do the threads and tasks
+            that were started in one.
+        waiting: sessions that wait for their turn (see ``max_sessions``).
         evictions: how often pages of it were moved to host memory, and ``restores`` back.
         bytes_out: what was copied to host memory, and ``bytes_in`` back.
         pages_unchanged: pages that were moved out without a copy.
@@ -24,6 +27,8 @@ class ContextStats:
     partition: str | None
     state: str
     usage: ContextUsage
+    sessions: int
+    waiting: int
     live_blocks: int
     evictions: int
     restores: int

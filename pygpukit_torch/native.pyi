@@ -8,7 +8,7 @@ import contextvars
 import enum
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 import torch
 
@@ -268,7 +268,10 @@ class PartitionLimits:
     def stream_limit(self) -> int | None: ...
 
 class PartitionUsage:
-    """What the contexts of a partition hold together, in bytes, and how many sessions are open."""
+    """What the contexts of a partition hold together, in bytes, and their sessions.
+
+    ``waiting`` counts those that wait for one of its ``streams``.
+    """
 
     @property
     def used(self) -> int: ...
@@ -280,6 +283,8 @@ class PartitionUsage:
     def base(self) -> int: ...
     @property
     def sessions(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
 
 class PartitionInfo:
     """A partition at one moment."""
@@ -711,6 +716,8 @@ class Usage:
     @property
     def sessions(self) -> int: ...
     @property
+    def waiting(self) -> int: ...
+    @property
     def counters(self) -> Counters: ...
 
 class DeviceUsage:
@@ -797,6 +804,8 @@ class Context:
     def reset_peak(self) -> None: ...
     def capture_stream(self) -> int:
         """Return a stream of the context for captures; 0 if any will do."""
+    def set_partition_gate(self, gate: SessionGate | None) -> None:
+        """Only while no session is open."""
 
     @property
     def id(self) -> int: ...
@@ -819,11 +828,62 @@ class Context:
     @property
     def sessions(self) -> int: ...
     @property
+    def waiting(self) -> int: ...
+    @property
     def is_ready(self) -> bool:
         """Whether a session can begin without waiting for pages that move or come back."""
 
     @property
     def counters(self) -> Counters: ...
+
+class SessionGate:
+    """How many sessions of the contexts that have it may be open at a time."""
+
+    def __init__(self, owner: str, limit: int) -> None: ...
+    @property
+    def limit(self) -> int: ...
+    @property
+    def open(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+
+class TurnBell:
+    """A file that becomes readable when it is the turn of tickets that were told to ring it."""
+
+    def fileno(self) -> int: ...
+    def take(self) -> list[int]:
+        """Return the numbers of those since the last time."""
+
+class SessionTicket:
+    """An entry as far as gates are concerned. Ended when it is forgotten."""
+
+    @staticmethod
+    def inherited(around: list[SessionTicket] = ...) -> SessionTicket | None:
+        """For what is started here and now, and is in the context by that.
+
+        Where other tickets than those of the calling thread and task count, they are ``around``.
+        """
+
+    @property
+    def number(self) -> int: ...
+    @property
+    def is_waiting(self) -> bool: ...
+    def notify(self, bell: TurnBell) -> None:
+        """Ring it once the ticket is not waiting."""
+
+    def end(self) -> None:
+        """Give up the place in the queue, or the slots. Once is enough."""
+
+    def give_up(self, seconds: float | None) -> NoReturn:
+        """End it and raise SessionTimeoutError; or without ``seconds``, how long it has waited,
+        the SessionError that the thread must not wait.
+        """
+
+def queue_up(context: Context, around: list[SessionTicket] = ...) -> SessionTicket | None:
+    """Get a ticket for an entry made here and now; None if the context has no gates, or is gone.
+
+    Where other tickets than those of the calling thread and task count, they are ``around``.
+    """
 
 class Job:
     """Work that blocks, in a thread of its own."""
@@ -853,7 +913,9 @@ class Session:
     def __init__(
         self, context: Context, ordered: bool = True, keeps_active: bool = True
     ) -> None: ...
-    def enter(self) -> None: ...
+    def enter(self, ticket: SessionTicket | None = None) -> None:
+        """Enter without waiting for a turn. The ticket ends with the entry, or if this fails."""
+
     def exit(self) -> None: ...
     def leave(self) -> None:
         """Exit without waiting for the work."""
@@ -885,7 +947,11 @@ class Session:
 class BoundSession(Session):
     """A session of an ExecutionContext."""
 
-    def __init__(self, context: ExecutionContext, wait: bool = True) -> None: ...
+    _timeout: float | None
+
+    def __init__(
+        self, context: ExecutionContext, wait: bool = True, timeout: float | None = None
+    ) -> None: ...
     @property
     def context(self) -> ExecutionContext: ...
 
@@ -897,7 +963,9 @@ class Hold:
 class TaskEntry:
     """That a task is in a context; keeps it active until it is closed or forgotten."""
 
-    def __init__(self, context: Context, task: object) -> None: ...
+    def __init__(
+        self, context: Context, task: object, ticket: SessionTicket | None = None
+    ) -> None: ...
     def close(self) -> bool: ...
     @property
     def is_open(self) -> bool:
@@ -965,6 +1033,7 @@ class Manager:
         tier: Tier = Tier.burstable,
         partition: str = "",
         yields: bool = False,
+        max_sessions: int = 0,
     ) -> Context: ...
     def destroy_context(self, context: Context) -> None: ...
     def resize_context(self, context: Context, max: int, base: int) -> None: ...

@@ -82,15 +82,16 @@ class Runtime:
         qos: QoSPolicy,
         partition: str = "",
         yields: bool = False,
+        max_sessions: int | None = None,
     ) -> ExecutionContext:
         """Create a context; arguments are checked by the caller and by the manager."""
         with self.lock:
             if self._closed:
                 raise InitializationError("shutdown() was called while the context was created")
             handle = self.manager.create_context(
-                name, max_vram, base_vram, qos.tier, partition, yields
+                name, max_vram, base_vram, qos.tier, partition, yields, max_sessions or 0
             )
-            context = self._contexts[name] = ExecutionContext(self, handle, qos)
+            context = self._contexts[name] = ExecutionContext(self, handle, qos, max_sessions)
             return context
 
     def destroy(self, context: ExecutionContext) -> None:

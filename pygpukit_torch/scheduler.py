@@ -12,7 +12,7 @@ from pygpukit_torch.memory import GB, KB, MB, ContextUsage, check_bytes
 from pygpukit_torch.pressure import Handler, PressureHandler
 from pygpukit_torch.qos import QoSPolicy
 from pygpukit_torch.session import ContextSession
-from pygpukit_torch.settings import Wishes, check_device_id
+from pygpukit_torch.settings import Wishes, check_device_id, check_seconds
 from pygpukit_torch.streams import (
     ContextEvent,
     ContextStream,
@@ -116,6 +116,7 @@ def create_context(
     qos: QoSPolicy = QoSPolicy.BURSTABLE,
     partition: str | None = None,
     yields: bool = False,
+    max_sessions: int | None = None,
     device_id: int | None = None,
 ) -> ExecutionContext:
     """Create a context; initializes with the defaults if needed.
@@ -130,11 +131,15 @@ def create_context(
             ``native.PartitionManager``.
         yields: have its operators wait while guaranteed contexts work, and submit little ahead: for
             work in the background that has time. Not for a guaranteed context.
+        max_sessions: how many sessions of it may be open at a time; None for any number. More wait
+            for their turn, by tier, then first come, first served. What is entered within a
+            session of the context, by the same thread or task or by those started there, counts
+            as one with it.
         device_id: the device, which must be the one that was initialized.
 
     Raises:
         ValueError: a duplicate name, sizes that are inconsistent or exceed the device, an unknown
-            partition or device.
+            partition or device, ``max_sessions`` below 1.
         TypeError: an argument is of the wrong type.
         AdmissionError: the reservation does not fit beside those already made, on the device or
             in the partition.
@@ -155,6 +160,8 @@ def create_context(
         raise ValueError("partition must be the id of one, or None")
     if not isinstance(yields, bool):
         raise TypeError(f"yields must be a bool, got {type(yields).__name__} {yields!r}")
+    if max_sessions is not None:
+        _check_max_sessions(max_sessions)
     if device_id is not None:
         check_device_id("device_id", device_id)
     runtime = _runtime.get_or_initialize()
@@ -167,7 +174,16 @@ def create_context(
             f"partitions have all SMs: context {name!r}, which is in none, runs on all of them",
             stacklevel=2,
         )
-    return runtime.create(name, max_vram, base_vram, qos, partition or "", yields)
+    return runtime.create(name, max_vram, base_vram, qos, partition or "", yields, max_sessions)
+
+
+def _check_max_sessions(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"max_sessions must be an int or None, got {type(value).__name__} {value!r}"
+        )
+    if not 1 <= value <= 2**31:
+        raise ValueError(f"max_sessions must be at least 1 and a sensible number, got {value}")
 
 
 def get_context(name: str) -> ExecutionContext:
@@ -199,7 +215,9 @@ def current_context() -> ExecutionContext | None:
     return runtime.current() if runtime else None
 
 
-def context_session(context: ExecutionContext, *, wait: bool = True) -> ContextSession:
+def context_session(
+    context: ExecutionContext, *, wait: bool = True, timeout: float | None = None
+) -> ContextSession:
     """Return a session: ``with context_session(ctx):`` runs its body in the context.
 
     With ``async with`` it is the running task's, whatever else runs on the thread between two of
@@ -211,21 +229,27 @@ def context_session(context: ExecutionContext, *, wait: bool = True) -> ContextS
     the context's stream is current; its work starts after what the thread had submitted before, and
     leaving waits until the context's stream is done, so that results can be read right away.
     Entering brings back what of the context was evicted. Sessions nest, and a session object may
-    be entered again, also by other threads.
+    be entered again, also by other threads. Where the number of sessions is limited
+    (``max_sessions``), entering waits for its turn first, unless the caller is in already.
 
     Args:
         context: the context.
         wait: False neither orders at the start nor waits at the end: for those who order work by
             events themselves.
+        timeout: seconds that entering may wait for its turn; 0 does not wait, None waits as long as
+            it takes. It does not limit what comes then, such as bringing the context back.
 
     Raises:
-        TypeError: ``context`` is no context, or ``wait`` no bool.
+        TypeError: ``context`` is no context, ``wait`` no bool, or ``timeout`` no number.
+        ValueError: ``timeout`` is negative, or more than a million seconds.
+        SessionTimeoutError: on entering, if it was not its turn within ``timeout``.
         ContextDestroyedError: on entering, if it has been destroyed.
         torch.OutOfMemoryError: on entering, if it is evicted and there is no room for it; nothing
             is lost, and it can be entered later.
         SessionError: on leaving in another thread than the one that entered; on entering in the
             middle of a CUDA graph capture; on leaving a ``with`` that was held across an ``await``;
-            on ``async with`` where no event loop of asyncio runs, or one that cannot be followed.
+            on ``async with`` where no event loop of asyncio runs, or one that cannot be followed;
+            on entering by ``with`` where an event loop runs, if it would have to wait for its turn.
         DeviceError: on leaving, if the work on the device failed; on entering, if pages could not
             be brought back.
     """
@@ -233,7 +257,9 @@ def context_session(context: ExecutionContext, *, wait: bool = True) -> ContextS
         raise TypeError(f"wait must be a bool, got {type(wait).__name__} {wait!r}")
     if not isinstance(context, ExecutionContext):  # not _checked(): a call costs
         _checked(context)
-    return ContextSession(context, wait)
+    if timeout is not None:
+        check_seconds("timeout", timeout)
+    return ContextSession(context, wait, timeout)
 
 
 def get_available_vram() -> int:
@@ -346,6 +372,8 @@ def stats() -> SchedulerStats:
                 partition=context.partition or None,
                 state="destroyed" if context.orphan else states[context.name],
                 usage=ContextUsage.of(context),
+                sessions=context.sessions,
+                waiting=context.waiting,
                 live_blocks=context.live_blocks,
                 evictions=context.counters.evictions,
                 restores=context.counters.restores,

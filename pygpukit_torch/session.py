@@ -55,7 +55,7 @@ class ContextSession(native.BoundSession):
 
     # Tasks ---------------------------------------------------------------------------------------
 
-    def _begin_in_task(self, frame: int = 0) -> _Entry:
+    def _begin_in_task(self, ticket: native.SessionTicket | None, frame: int = 0) -> _Entry:
         loop = event_loop.running_loop()
         task = asyncio.current_task()
         entries = native.sessions.get(())
@@ -63,7 +63,7 @@ class ContextSession(native.BoundSession):
         if outer is not None:
             self._require_own_variables(outer, task, loop)
         entry = _Entry(
-            native.TaskEntry(self.context._native, task),
+            native.TaskEntry(self.context._native, task, ticket),
             event_loop.Membership(loop),
             native.step_number(),
             frame,
@@ -126,7 +126,15 @@ class ContextSession(native.BoundSession):
 
     def _enter_in_task(self) -> "ContextSession":
         """``with`` in an event loop: native.Session.__enter__ calls it."""
-        entry = self._begin_in_task()
+        ticket = native.queue_up(self.context._native)
+        try:
+            if ticket is not None and ticket.is_waiting:
+                ticket.give_up(0.0 if self._timeout == 0 else None)
+            entry = self._begin_in_task(ticket)
+        except BaseException:
+            if ticket is not None:
+                ticket.end()
+            raise
         try:
             if entry.step:
                 self._move_step(entry)
@@ -180,13 +188,30 @@ class ContextSession(native.BoundSession):
     ) -> Coroutine[Any, Any, None]:
         return self._exit_for(_lasting(sys._getframe(1)), kind)
 
+    async def _let_in(self, ticket: native.SessionTicket | None) -> native.Job | None:
+        """Suspend the task until it is its turn, and then until the context is there.
+
+        Returns:
+            What keeps the context active until the entry does.
+        """
+        if ticket is not None:
+            await event_loop.turn(ticket, self._timeout)
+        if self.context._native.is_ready:
+            return None
+        job = native.Job.begin_session(self.context._native)  # it moves or is evicted
+        await event_loop.finish(job)
+        return job
+
     async def _enter_for(self, frame: int) -> "ContextSession":
         handle = self.context._native
-        if not handle.is_ready:
-            # It moves or is evicted. The job keeps it active until the entry does.
-            job = native.Job.begin_session(handle)
-            await event_loop.finish(job)
-        entry = self._begin_in_task(frame)
+        ticket = native.queue_up(handle)
+        try:
+            _kept = None if ticket is None and handle.is_ready else await self._let_in(ticket)
+            entry = self._begin_in_task(ticket, frame)
+        except BaseException:
+            if ticket is not None:
+                ticket.end()
+            raise
         try:
             if entry.step:
                 self._move_step(entry)
@@ -259,27 +284,39 @@ class ContextSession(native.BoundSession):
 
         As ``asyncio.to_thread``, which is in the context of the calling task: use this one to be in
         the session's, entered or not. The context stays active until the call has ended, also if
-        the calling task is cancelled meanwhile.
+        the calling task is cancelled meanwhile. No thread is taken before it is the session's turn.
 
         Raises:
             ContextDestroyedError: the context has been destroyed.
             SessionError: no asyncio event loop runs in this thread.
+            SessionTimeoutError: as on entering.
         """
         loop = event_loop.running_loop()
-        handle = self.context._native
-        if not handle.is_ready:
-            job = native.Job.begin_session(handle)
-            await event_loop.finish(job)
-        hold = native.Hold(handle)
+        ticket = native.queue_up(self.context._native)
         variables = contextvars.copy_context()
+        hold: native.Hold | None = None
+        begun = threading.Lock()  # taken by whichever comes first: the call, or its cancellation
 
         def call() -> R:
             nonlocal hold
-            with self:
-                del hold
+            if not begun.acquire(blocking=False):
+                raise asyncio.CancelledError
+            self.enter(ticket)
+            hold = None
+            try:
                 return variables.run(fn, *args, **kwargs)
+            finally:
+                self.exit()
 
-        return await loop.run_in_executor(None, call)
+        try:
+            _kept = await self._let_in(ticket)
+            hold = native.Hold(self.context._native)
+            return await loop.run_in_executor(None, call)
+        except BaseException:
+            # It may be long before the executor drops what it will not call.
+            if ticket is not None and begun.acquire(blocking=False):
+                ticket.end()
+            raise
 
     def __call__(self, fn: Callable[P, R]) -> Callable[P, R]:
         """Have every call of ``fn`` run in the session.

@@ -60,7 +60,7 @@ class Wishes:
         if self.host_backup is not None:
             check_bytes("host_backup", self.host_backup, least=0)
         if self.claim_timeout is not None:
-            _check_seconds("claim_timeout", self.claim_timeout)
+            check_seconds("claim_timeout", self.claim_timeout)
         if self.install is not None and not isinstance(self.install, bool):
             raise TypeError(f"install must be a bool, got {type(self.install).__name__}")
 
@@ -128,7 +128,8 @@ class Wishes:
         return Settings(device, index, total, wishes.host_backup, timeout, install)
 
 
-def _check_seconds(name: str, value: object) -> None:
+def check_seconds(name: str, value: object) -> None:
+    """Raise unless ``value`` is a time in seconds that somebody may have to wait."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number of seconds, got {type(value).__name__} {value!r}")
     if not 0 <= value <= 1e6:

@@ -72,13 +72,14 @@ def _in_context(
     # Held from now on: the context must not be destroyed before the work has begun. Work that never
     # begins lets go when it is forgotten.
     hold = native.Hold(context) if keeps_active else None
+    ticket = native.SessionTicket.inherited()
 
     @wraps(call)
     def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal hold
         session = native.Session(context, ordered=True, keeps_active=keeps_active)
         try:
-            session.enter()
+            session.enter(ticket)
         except ContextDestroyedError:  # of a daemon
             return call(*args, **kwargs)
         hold = None

@@ -34,6 +34,7 @@ Context::Context(const std::shared_ptr<Manager>& manager, ContextSpec spec, Ledg
                  Address address, StreamId stream, ProcessorSet processors)
     : is_on_host_(manager->device()->properties().is_host),
       gate_(manager->compute_gate()),
+      entrance_(spec.name, spec.tier, spec.max_sessions),
       arena_(page_bytes, page_count, page_count - segment_pages),
       address_(address),
       lanes_{stream},

@@ -14,12 +14,14 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/arena.h"
 #include "core/compute_gate.h"
 #include "core/error.h"
 #include "core/ledger.h"
+#include "core/session_queue.h"
 #include "core/spin_lock.h"
 #include "core/types.h"
 #include "device/device.h"
@@ -42,8 +44,9 @@ struct ContextSpec {
   std::size_t max = 0;
   std::size_t base = 0;
   Tier tier = Tier::burstable;
-  std::string partition;  // its id; empty for none
-  bool yields = false;    // its work waits while guaranteed contexts work
+  std::string partition;         // its id; empty for none
+  bool yields = false;           // its work waits while guaranteed contexts work
+  std::size_t max_sessions = 0;  // open at a time; 0: no limit
 };
 
 class Context : public std::enable_shared_from_this<Context> {
@@ -103,6 +106,21 @@ class Context : public std::enable_shared_from_this<Context> {
   void count_segment(const void* pointer, bool taken);
   // The block's size, 0 if no live block of this context starts at `pointer`.
   std::size_t block_bytes(const void* pointer) const;
+
+  // What an entry has to have before it begins a session: null where there are no gates, and where
+  // the context refuses it. See SessionTicket.
+  std::shared_ptr<SessionTicket> queue_up(const SessionTicket::List& around) {
+    if (!has_gates() || !is_open()) return nullptr;
+    const std::shared_ptr<Entrance> entrance(shared_from_this(), &entrance_);
+    return std::make_shared<SessionTicket>(entrance, around);
+  }
+  bool has_gates() const { return entrance_.has_gates(); }
+  // Of those who have queued up.
+  std::size_t waiting() const { return entrance_.waiting(); }
+  // While it has no open sessions. Null for none.
+  void set_partition_gate(std::shared_ptr<SessionGate> gate) {
+    entrance_.set_partition_gate(std::move(gate));
+  }
 
   // A context with open sessions that keep it active cannot be destroyed, nor moved unless for
   // somebody's base; end_session() is for those. Neither waits for a context that grows. Beginning
@@ -241,6 +259,7 @@ class Context : public std::enable_shared_from_this<Context> {
   std::atomic<std::uint64_t> last_use_{next_use()};
   const bool is_on_host_;
   const std::shared_ptr<ComputeGate> gate_;
+  Entrance entrance_;
 
   mutable SpinLock mutex_;
   Arena arena_;

@@ -17,6 +17,7 @@ enum class ErrorCode {
   device,
   forked,
   session,
+  session_timeout,
   internal,
 };
 

@@ -161,6 +161,7 @@ std::shared_ptr<Context> Manager::create_context(const ContextSpec& spec) {
   auto context = std::make_shared<Context>(
       shared_from_this(), spec, account, page, static_cast<std::uint32_t>(range / page),
       static_cast<std::uint32_t>(segments / page), address, stream, processors);
+  if (partition) context->set_partition_gate(partition->gate);
   context->partition_ = std::move(partition);
   if (!AddressTable::set(address, range, address + range - segments, context.get())) {
     throw Error(ErrorCode::device,
@@ -207,6 +208,7 @@ void Manager::destroy_context(Context& context) {
     drop_reservation(context);
     ledger_.assign(context.id(), Ledger::kDevice);
   }
+  context.entrance_.close();
   const auto it = std::find_if(contexts_.begin(), contexts_.end(),
                                [&](const auto& entry) { return entry.get() == &context; });
   orphans_.push_back(std::move(*it));
@@ -243,7 +245,7 @@ void Manager::resize_context(Context& context, std::size_t max, std::size_t base
       const ContextLock context_lock(context.mutex_);
       require_live(context);
       device_said_.clear();
-      validate({context.name(), max, base, context.tier(), {}, context.yields()});
+      validate({context.name(), max, base, context.tier(), {}, context.yields(), 0});
       if (max < page) {
         throw Error(ErrorCode::invalid_value,
                     "context '" + context.name() + "' was created with pages of " +

@@ -42,6 +42,7 @@ struct Usage {
   std::size_t available = 0;  // what the context could allocate in addition now, by evicting others
   std::uint32_t live_blocks = 0;
   std::uint32_t sessions = 0;
+  std::size_t waiting = 0;  // to enter
   Context::Counters counters;
 };
 

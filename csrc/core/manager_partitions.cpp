@@ -69,8 +69,11 @@ std::shared_ptr<Partition> Manager::create_partition(
     throw Error(ErrorCode::admission,
                 refused + "the shares of bandwidth would add up to " + std::to_string(bandwidth));
   }
-  auto partition =
-      std::make_shared<Partition>(Partition{id, name, limits, config, Ledger::kDevice, {}});
+  auto gate = limits.streams
+                  ? std::make_shared<SessionGate>("partition '" + id + "'", *limits.streams)
+                  : nullptr;
+  auto partition = std::make_shared<Partition>(
+      Partition{id, name, limits, config, std::move(gate), Ledger::kDevice, {}});
   partition->account = ledger_.open_partition(limits.memory.value_or(SIZE_MAX));
   ScopeExit close([&] { close_partition(*partition); });
   if (limits.compute) {
@@ -160,6 +163,7 @@ PartitionUsage Manager::partition_usage(const Partition& partition) const {
     usage.base += account.base;
     usage.sessions += context->sessions();
   }
+  if (partition.gate) usage.waiting = partition.gate->waiting();
   if (processors(partition) != 0) usage.processors = shares_.count(processors(partition));
   return usage;
 }
@@ -199,6 +203,7 @@ void Manager::assign(Context& context, const std::shared_ptr<Partition>& partiti
   on_behalf_of(refused + (partition ? " to partition '" + partition->id + "'" : std::string()),
                [&] { ledger_.assign(context.id(), account); });
   const std::shared_ptr<Partition> before = std::exchange(context.partition_, partition);
+  context.set_partition_gate(partition ? partition->gate : nullptr);
   release(before);
   self.let_go();
   confine(context);

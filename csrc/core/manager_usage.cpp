@@ -53,6 +53,7 @@ Usage Manager::usage_of(const Context& context, const std::vector<Standing>& sta
   usage.available = reachable > usage.used ? reachable - usage.used : 0;
   usage.live_blocks = context.arena_.live_blocks();
   usage.sessions = context.sessions();
+  usage.waiting = context.waiting();
   usage.counters = context.counters_;
   return usage;
 }

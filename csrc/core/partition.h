@@ -11,6 +11,7 @@
 
 #include "core/ledger.h"
 #include "core/processor_shares.h"
+#include "core/session_queue.h"
 
 namespace pgk {
 
@@ -43,6 +44,7 @@ struct Partition {
   const PartitionLimits limits;
   // Where its limit counts. When that is gone, it goes with its last context.
   const std::weak_ptr<const PartitionConfig> config;
+  const std::shared_ptr<SessionGate> gate;  // null without a limit of streams
   // Below: with the manager's lock.
   Ledger::PartitionId account = Ledger::kDevice;
   std::optional<ProcessorShares::Id> share;
@@ -55,6 +57,7 @@ struct PartitionUsage {
   std::size_t evicted = 0;
   std::size_t base = 0;
   std::uint32_t sessions = 0;
+  std::size_t waiting = 0;  // for a session
   std::vector<std::string> contexts;
   std::optional<unsigned> processors;  // nothing where it has no share, or they cannot be divided
 };

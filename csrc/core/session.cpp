@@ -1,20 +1,23 @@
 #include "core/session.h"
 
-#include <algorithm>
 #include <exception>
 #include <mutex>
+#include <optional>
 #include <utility>
+#include <vector>
 
 #include "core/error.h"
+#include "core/scope_exit.h"
 #include "core/thread_entries.h"
 
 namespace pgk {
 
+using detail::Entry;
 using detail::registry;
+using detail::Removed;
 using detail::this_process;
 using detail::thread_entries;
 using detail::ThreadEntries;
-using detail::WayBack;
 
 Session::Session(std::shared_ptr<Context> context, bool ordered, bool keeps_active)
     : context_(std::move(context)),
@@ -25,28 +28,33 @@ Session::Session(std::shared_ptr<Context> context, bool ordered, bool keeps_acti
 
 Session::~Session() {
   if (entries_.load() == 0 || process_ != this_process()) return;
-  std::uint32_t left = 0;
+  std::vector<Entry> left;
   {
     const std::lock_guard lock(registry().mutex);
     for (ThreadEntries* thread : registry().threads) {
-      while (thread->take_back(id_)) ++left;
+      while (auto entry = thread->take_back(id_)) left.push_back(std::move(*entry));
     }
   }
-  for (; left > 0 && keeps_active_; --left) context_->end_session();
+  for (const Entry& entry : left) entry.end();
 }
 
-void Session::enter() {
+void Session::enter(std::shared_ptr<SessionTicket> ticket) {
+  ScopeExit give_back([&] {
+    if (ticket) ticket->end();
+  });
   ThreadEntries& own = thread_entries();
   mend_stream();
   context_->begin_session(keeps_active_);
   try {
     begin();
-    own.push({.session = id_, .context = context_, .keeps_active = keeps_active_});
+    own.push(
+        {.session = id_, .context = context_, .keeps_active = keeps_active_, .ticket = ticket});
     entries_.fetch_add(1, std::memory_order_relaxed);
   } catch (...) {
     if (keeps_active_) context_->end_session();
     throw;
   }
+  give_back.dismiss();
 }
 
 void Session::exit() {
@@ -64,29 +72,29 @@ void Session::exit() {
 void Session::leave() {
   ThreadEntries& own = thread_entries();
   mend_stream();
-  bool here = false;
-  WayBack back;
+  std::optional<Removed> here;
   {
     const std::lock_guard lock(own.mutex);
-    if (const auto entry = own.find(id_); entry != own.stack.end()) {
-      here = true;
-      back = own.remove_own(entry);
+    if (const auto entry = own.find(id_); entry != own.stack.end()) here = own.remove_own(entry);
+  }
+  if (here) {
+    here->back.take();
+    entries_.fetch_sub(1, std::memory_order_relaxed);
+    here->entry.end();
+    return;
+  }
+  if (process_ != this_process()) return;
+  std::optional<Entry> elsewhere;
+  {
+    const std::lock_guard lock(registry().mutex);
+    for (ThreadEntries* other : registry().threads) {
+      if ((elsewhere = other->take_back(id_))) break;
     }
   }
-  bool elsewhere = false;
-  if (!here) {
-    if (process_ != this_process()) return;
-    const std::lock_guard lock(registry().mutex);
-    const auto& threads = registry().threads;
-    elsewhere = std::any_of(threads.begin(), threads.end(),
-                            [this](ThreadEntries* other) { return other->take_back(id_); });
-  }
-  back.take();
-  if (here || elsewhere) {
+  if (elsewhere) {
     entries_.fetch_sub(1, std::memory_order_relaxed);
-    if (keeps_active_) context_->end_session();
+    elsewhere->end();
   }
-  if (here) return;
   throw Error(ErrorCode::session,
               "the session of context '" + context_->name() + "' was left in a thread that had " +
                   (elsewhere ? "not entered it; the thread that had is out of it now"

@@ -30,9 +30,9 @@ class Session {
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
 
-  // Throws ErrorCode::context_destroyed, ::forked, ::session or ::device; the thread is then where
-  // it was.
-  void enter();
+  // `ticket` is what the context's gates have let in, and is ended when the entry is. Throws
+  // ErrorCode::context_destroyed, ::forked, ::session or ::device; the thread is then where it was.
+  void enter(std::shared_ptr<SessionTicket> ticket = nullptr);
   // Throws ErrorCode::session if the calling thread has not entered this session: if another one
   // has, its entry is taken back, so that it does not stay in a context it has left. Throws
   // ErrorCode::device if the work failed; the session is left all the same.
@@ -42,6 +42,7 @@ class Session {
   void leave();
 
   bool is_entered_here() const;
+  Context& context() const { return *context_; }
 
   // What enter() and exit() do on the device, for tasks: see ThreadStreams. If the session is not
   // ordered, only begin() does something: it refuses to enter in the middle of a capture.
@@ -81,9 +82,10 @@ class Hold {
 class TaskEntry {
  public:
   // Throws ErrorCode::context_destroyed or ErrorCode::forked. `task` and `variables` say who
-  // entered, and where that is noted; only their identities matter.
+  // entered, and where that is noted; only their identities matter. `ticket` as for a Session.
   explicit TaskEntry(std::shared_ptr<Context> context, const void* task = nullptr,
-                     const void* variables = nullptr);
+                     const void* variables = nullptr,
+                     std::shared_ptr<SessionTicket> ticket = nullptr);
   ~TaskEntry() { close(); }
   TaskEntry(const TaskEntry&) = delete;
   TaskEntry& operator=(const TaskEntry&) = delete;
@@ -95,11 +97,13 @@ class TaskEntry {
   const void* task() const { return task_; }
   const void* variables() const { return variables_; }
   const std::shared_ptr<Context>& context() const { return context_; }
+  const std::shared_ptr<SessionTicket>& ticket() const { return ticket_; }
 
  private:
   std::shared_ptr<Context> context_;
   const void* task_;
   const void* variables_;
+  std::shared_ptr<SessionTicket> ticket_;
   std::atomic<bool> open_{true};
   std::uint64_t thread_;
   std::uint64_t process_;
@@ -127,6 +131,9 @@ class Step {
  private:
   std::uint64_t number_;
 };
+
+// Those of the entries that the calling thread itself has.
+SessionTicket::List tickets_of_thread();
 
 // For the fork guard only.
 void lock_sessions();

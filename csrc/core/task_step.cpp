@@ -13,18 +13,26 @@ using detail::thread_entries;
 using detail::ThreadEntries;
 using detail::WayBack;
 
-TaskEntry::TaskEntry(std::shared_ptr<Context> context, const void* task, const void* variables)
+TaskEntry::TaskEntry(std::shared_ptr<Context> context, const void* task, const void* variables,
+                     std::shared_ptr<SessionTicket> ticket)
     : context_(std::move(context)),
       task_(task),
       variables_(variables),
+      ticket_(std::move(ticket)),
       thread_(thread_entries().number),
       process_(this_process()) {
-  context_->begin_session(true);
+  try {
+    context_->begin_session(true);
+  } catch (...) {
+    if (ticket_) ticket_->end();
+    throw;
+  }
 }
 
 bool TaskEntry::close() {
   if (!open_.exchange(false)) return false;
   context_->end_session();
+  if (ticket_) ticket_->end();
   return true;
 }
 

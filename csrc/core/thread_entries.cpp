@@ -36,6 +36,16 @@ using detail::Entry;
 using detail::registry;
 using detail::ThreadEntries;
 
+SessionTicket::List tickets_of_thread() {
+  ThreadEntries& own = detail::thread_entries();
+  SessionTicket::List tickets;
+  const std::lock_guard lock(own.mutex);
+  for (const Entry& entry : own.stack) {
+    if (entry.ticket) tickets.push_back(entry.ticket);
+  }
+  return tickets;
+}
+
 void lock_sessions() {
   registry().mutex.lock();
   for (ThreadEntries* thread : registry().threads) thread->mutex.lock();

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <unordered_set>
 #include <utility>
 #include <vector>
@@ -24,9 +25,13 @@ struct Entry {
   const void* variables = nullptr;
   ThreadStreams* streams = nullptr;  // null if it switched none
   ThreadStreams::Saved before = 0;   // the thread's stream, if it did
+  std::shared_ptr<SessionTicket> ticket = nullptr;
 
+  // Without a lock.
   void end() const {
     if (keeps_active) context->end_session();
+    if (ticket) [[unlikely]]
+      ticket->end();
   }
 };
 
@@ -39,6 +44,11 @@ struct WayBack {
   void take() const {
     if (streams != nullptr) streams->leave(saved, outer);
   }
+};
+
+struct Removed {
+  Entry entry;
+  WayBack back;
 };
 
 struct ThreadEntries;
@@ -113,41 +123,42 @@ struct ThreadEntries {
     return it == stack.rend() ? stack.end() : std::prev(it.base());
   }
 
-  // What the thread has to do itself for its stream to follow.
-  WayBack remove(std::vector<Entry>::iterator entry) {
-    const WayBack back{entry->streams, entry->before, nullptr};
+  // The entry is still to be ended, and the thread has to take the way back itself.
+  Removed remove(std::vector<Entry>::iterator entry) {
+    Removed removed{std::move(*entry), {}};
+    const Entry& gone = removed.entry;
     const auto above = std::find_if(std::next(entry), stack.end(), [&](const Entry& other) {
-      return back.streams != nullptr && other.streams == back.streams;
+      return gone.streams != nullptr && other.streams == gone.streams;
     });
     const bool is_covered = above != stack.end();
-    if (is_covered) above->before = back.saved;
+    if (is_covered) above->before = gone.before;
     stack.erase(entry);
     follow_stack();
-    if (is_covered) return {};
-    return {back.streams, back.saved, innermost()};
+    if (!is_covered) removed.back = {gone.streams, gone.before, innermost()};
+    return removed;
   }
 
   // The same by the thread itself, which takes the way back at once: an older one is void then.
-  WayBack remove_own(std::vector<Entry>::iterator entry) {
-    WayBack back = remove(entry);
-    if (back.streams != nullptr) {
+  Removed remove_own(std::vector<Entry>::iterator entry) {
+    Removed removed = remove(entry);
+    if (removed.back.streams != nullptr) {
       stale = {};
       stream_is_stale->store(false, std::memory_order_relaxed);
     }
-    return back;
+    return removed;
   }
 
-  // The same by another thread.
-  bool take_back(std::uint64_t session) {
+  // The same by another thread. Only the entry is left to be ended.
+  std::optional<Entry> take_back(std::uint64_t session) {
     const std::lock_guard lock(mutex);
     const auto entry = find(session);
-    if (entry == stack.end()) return false;
-    WayBack back = remove(entry);
-    if (back.streams != nullptr) {
-      stale = std::move(back);
+    if (entry == stack.end()) return std::nullopt;
+    Removed removed = remove(entry);
+    if (removed.back.streams != nullptr) {
+      stale = std::move(removed.back);
       stream_is_stale->store(true, std::memory_order_relaxed);
     }
-    return true;
+    return std::move(removed.entry);
   }
 
   void push(Entry entry) {
@@ -169,16 +180,14 @@ struct ThreadEntries {
   // Takes the topmost entry off. There must be one.
   Entry pop() {
     mend_stream();
-    Entry top;
-    WayBack back;
+    Removed top;
     {
       const std::lock_guard lock(mutex);
-      top = stack.back();
-      back = remove_own(std::prev(stack.end()));
+      top = remove_own(std::prev(stack.end()));
     }
-    back.take();
-    top.end();
-    return top;
+    top.back.take();
+    top.entry.end();
+    return std::move(top.entry);
   }
 };
 

@@ -14,6 +14,7 @@
 //   backup     host memory that still holds what a page held when it came back to the device
 //   base       the part of a budget that is reserved for the context
 //   active     in use by open sessions, its own or those of declared consumers; otherwise idle
+//   gate       a limit of open sessions, of a context or of several; a slot is one of so many
 //   orphan     a destroyed context whose memory is still held by live blocks
 #pragma once
 

@@ -14,6 +14,7 @@ void bind_manager(pybind11::module_& module);
 void bind_memory_pool(pybind11::module_& module);
 void bind_partition(pybind11::module_& module);
 void bind_admission(pybind11::module_& module);
+void bind_session_queue(pybind11::module_& module);
 void bind_session(pybind11::module_& module);
 void bind_event_loop(pybind11::module_& module);
 

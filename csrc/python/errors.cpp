@@ -29,6 +29,8 @@ py::object python_class(ErrorCode code) {
       return ours("ForkError");
     case ErrorCode::session:
       return ours("SessionError");
+    case ErrorCode::session_timeout:
+      return ours("SessionTimeoutError");
     case ErrorCode::internal:
       break;
   }

@@ -21,6 +21,11 @@ class EventFd {
   EventFd& operator=(const EventFd&) = delete;
 
   int fileno() const { return fd_; }
+  // It has not been rung, from here on.
+  void clear() const {
+    std::uint64_t times = 0;
+    [[maybe_unused]] const auto read = ::read(fd_, &times, sizeof times);
+  }
   // Fails only where it has been rung 2^64 times.
   void ring() const {
     const std::uint64_t one = 1;

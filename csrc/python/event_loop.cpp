@@ -12,6 +12,7 @@
 #include "core/session.h"
 #include "python/bindings.h"
 #include "python/event_fd.h"
+#include "python/turns.h"
 
 namespace py = pybind11;
 
@@ -147,17 +148,30 @@ py::object callable(PyMethodDef& method, PyObject* self) {
 
 }  // namespace
 
+SessionTicket::List tickets_of_task() {
+  SessionTicket::List tickets;
+  const auto entries = py::reinterpret_steal<py::object>(entries_here());
+  if (!entries || !PyTuple_Check(entries.ptr())) return tickets;
+  for (const py::handle item : entries) {
+    const auto* entry = item.cast<const TaskEntry*>();
+    if (entry->is_open_here() && entry->ticket()) tickets.push_back(entry->ticket());
+  }
+  return tickets;
+}
+
 void bind_event_loop(py::module_& module) {
   py::class_<EventFd, std::shared_ptr<EventFd>>(module, "Alarm")
       .def(py::init<>())
       .def("fileno", &EventFd::fileno);
 
   py::class_<TaskEntry, std::shared_ptr<TaskEntry>>(module, "TaskEntry")
-      .def(py::init([](std::shared_ptr<Context> context, const py::object& task) {
+      .def(py::init([](std::shared_ptr<Context> context, const py::object& task,
+                       const py::object& ticket) {
              const void* entered_by = task.is_none() ? nullptr : task.ptr();
-             return std::make_shared<TaskEntry>(std::move(context), entered_by, this_variables());
+             return std::make_shared<TaskEntry>(std::move(context), entered_by, this_variables(),
+                                                ticket_or_none(ticket));
            }),
-           py::arg("context").none(false), py::arg("task"))
+           py::arg("context").none(false), py::arg("task"), py::arg("ticket") = py::none())
       .def("close", &TaskEntry::close)
       .def_property_readonly("is_open", &TaskEntry::is_open_here)
       .def("is_by",

@@ -53,6 +53,7 @@ void bind_records(py::module_& module) {
       .def_readonly("available", &Usage::available)
       .def_readonly("live_blocks", &Usage::live_blocks)
       .def_readonly("sessions", &Usage::sessions)
+      .def_readonly("waiting", &Usage::waiting)
       .def_readonly("counters", &Usage::counters);
 
   py::class_<DeviceUsage>(module, "DeviceUsage")
@@ -122,6 +123,7 @@ void bind_context(py::module_& module) {
       .def(
           "capture_stream", [](Context& self) { return self.manager()->capture_stream(self); },
           Unlocked())
+      .def("set_partition_gate", &Context::set_partition_gate, py::arg("gate"))
       .def_property_readonly("id", &Context::id)
       .def_property_readonly("name", &Context::name)
       .def_property_readonly("tier", &Context::tier)
@@ -132,6 +134,7 @@ void bind_context(py::module_& module) {
       .def_property_readonly("used_bytes", &Context::used_bytes)
       .def_property_readonly("is_destroyed", &Context::is_destroyed)
       .def_property_readonly("sessions", &Context::sessions)
+      .def_property_readonly("waiting", &Context::waiting)
       .def_property_readonly("is_ready", &Context::is_ready)
       .def_property_readonly("counters", &Context::counters);
 }
@@ -154,13 +157,13 @@ void bind_manager(py::module_& module) {
       .def(
           "create_context",
           [](const py::object& self, std::string name, std::size_t max, std::size_t base, Tier tier,
-             std::string partition, bool yields) {
+             std::string partition, bool yields, std::size_t max_sessions) {
             auto& manager = self.cast<Manager&>();
             std::shared_ptr<Context> context;
             {
               const py::gil_scoped_release unlocked;
               context = manager.create_context(
-                  {std::move(name), max, base, tier, std::move(partition), yields});
+                  {std::move(name), max, base, tier, std::move(partition), yields, max_sessions});
             }
             // Not py::keep_alive: it crashes when an argument does not convert.
             py::object result = py::cast(context);
@@ -169,7 +172,7 @@ void bind_manager(py::module_& module) {
           },
           py::arg("name"), py::arg("max"), py::arg("base") = 0,
           py::arg_v("tier", Tier::burstable, "Tier.burstable"), py::arg("partition") = "",
-          py::arg("yields") = false)
+          py::arg("yields") = false, py::arg("max_sessions") = 0)
       .def("destroy_context", &Manager::destroy_context, py::arg("context").none(false), Unlocked())
       .def("resize_context", &Manager::resize_context, py::arg("context"), py::arg("max"),
            py::arg("base"), Unlocked())

@@ -11,6 +11,7 @@ PYBIND11_MODULE(native, module) {
   pgk::python::bind_core(module);
   pgk::python::bind_memory_pool(module);
   pgk::python::bind_admission(module);
+  pgk::python::bind_session_queue(module);
   pgk::python::bind_session(module);
   pgk::python::bind_manager(module);
   pgk::python::bind_partition(module);

@@ -126,7 +126,8 @@ void bind_records(py::module_& module) {
       .def_readonly("reserved", &PartitionUsage::resident)
       .def_readonly("evicted", &PartitionUsage::evicted)
       .def_readonly("base", &PartitionUsage::base)
-      .def_readonly("sessions", &PartitionUsage::sessions);
+      .def_readonly("sessions", &PartitionUsage::sessions)
+      .def_readonly("waiting", &PartitionUsage::waiting);
 
   py::class_<PartitionInfo>(module, "PartitionInfo")
       .def_readonly("id", &PartitionInfo::id)

@@ -1,12 +1,16 @@
 #include "core/session.h"
 
+#include <pybind11/stl.h>
+
 #include <memory>
+#include <optional>
 #include <utility>
 
 #include "core/blocking.h"
 #include "core/manager.h"
 #include "python/bindings.h"
 #include "python/job.h"
+#include "python/turns.h"
 
 namespace py = pybind11;
 
@@ -30,12 +34,15 @@ bool in_event_loop() {
   return loop != Py_None;
 }
 
-// A session that knows the Python object of its context.
+// A session that knows the Python object of its context, and how long entering may wait for its
+// turn: in seconds, or forever.
 struct BoundSession : Session {
-  BoundSession(py::object owner, bool wait)
-      : Session(owner.attr("_native").cast<std::shared_ptr<Context>>(), wait),
-        context(std::move(owner)) {}
-  py::object context;
+  BoundSession(py::object context, bool wait, std::optional<double> timeout)
+      : Session(context.attr("_native").cast<std::shared_ptr<Context>>(), wait),
+        owner(std::move(context)),
+        timeout(timeout) {}
+  py::object owner;
+  std::optional<double> timeout;
 };
 
 }  // namespace
@@ -49,7 +56,10 @@ void bind_session(py::module_& module) {
   py::class_<Session>(module, "Session")
       .def(py::init<std::shared_ptr<Context>, bool, bool>(), py::arg("context").none(false),
            py::arg("ordered") = true, py::arg("keeps_active") = true)
-      .def("enter", &Session::enter)
+      .def(
+          "enter",
+          [](Session& self, const py::object& ticket) { self.enter(ticket_or_none(ticket)); },
+          py::arg("ticket") = py::none())
       .def("exit", &Session::exit)
       .def("leave", &Session::leave)
       .def("begin", &Session::begin)
@@ -60,7 +70,14 @@ void bind_session(py::module_& module) {
       .def("__enter__",
            [](const py::object& self) -> py::object {
              if (in_event_loop()) return self.attr("_enter_in_task")();
-             self.cast<Session&>().enter();
+             auto& session = self.cast<Session&>();
+             std::shared_ptr<SessionTicket> ticket;
+             if (session.context().has_gates()) [[unlikely]] {
+               ticket = queue_up(session.context());
+               const auto timeout = py::getattr(self, "_timeout", py::none());
+               if (ticket) await_turn(*ticket, timeout.cast<std::optional<double>>());
+             }
+             session.enter(std::move(ticket));
              return self;
            })
       .def("__exit__", [](const py::object& self, const py::object& kind,
@@ -74,8 +91,10 @@ void bind_session(py::module_& module) {
       });
 
   py::class_<BoundSession, Session>(module, "BoundSession")
-      .def(py::init<py::object, bool>(), py::arg("context"), py::arg("wait") = true)
-      .def_readonly("context", &BoundSession::context);
+      .def(py::init<py::object, bool, std::optional<double>>(), py::arg("context"),
+           py::arg("wait") = true, py::arg("timeout") = std::nullopt)
+      .def_readonly("context", &BoundSession::owner)
+      .def_readonly("_timeout", &BoundSession::timeout);
 
   py::class_<Hold>(module, "Hold")
       .def(py::init<std::shared_ptr<Context>>(), py::arg("context").none(false));

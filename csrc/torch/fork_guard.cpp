@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/session.h"
+#include "core/session_queue.h"
 
 namespace pgk {
 namespace {
@@ -51,9 +52,11 @@ void before_fork() {
   lock_sessions();
   guard().managers.lock();
   guard().pools.lock();
+  lock_session_queue();
 }
 
 void unlock() {
+  unlock_session_queue();
   guard().pools.unlock();
   guard().managers.unlock();
   unlock_sessions();

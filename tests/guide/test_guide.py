@@ -125,6 +125,25 @@ def test_async_concurrent_execution() -> None:
     assert pgk.current_context() is None
 
 
+def test_limiting_sessions() -> None:
+    layer = torch.nn.Linear(64, 64).requires_grad_(False)
+    inside = most = 0
+
+    async def llm_inference_async(prompt: str) -> str:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        await infer("llm", layer, 16, 64)
+        inside -= 1
+        return prompt.upper()
+
+    names = run(
+        "Limiting Sessions", llm_inference_async=llm_inference_async, prompts=["a", "b", "c", "d"]
+    )
+    assert names["answers"] == ["A", "B", "C", "D"]
+    assert most == names["llm_ctx"].max_sessions == 2
+
+
 def test_complete_example() -> None:
     layer = torch.nn.Linear(64, 64).requires_grad_(False)
 

@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pygpukit_torch as pgk
-from pygpukit_torch import MB, context_session, event_loop, native
+from pygpukit_torch import MB, SessionError, context_session, event_loop, native
 from tests.event_loops import LOOPS
+from tests.turns import share_gate
 
 CONTEXTS = 3
 Context = pgk.ExecutionContext | None
@@ -66,6 +67,7 @@ class Interpreter:
     """Runs a program and notes what it finds wrong, where nothing can swallow it."""
 
     contexts: list[pgk.ExecutionContext]
+    is_limited: bool
     kept: list[tuple[pgk.ExecutionContext, torch.Tensor]] = field(default_factory=list)
     spawned: list[asyncio.Task[None]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -116,7 +118,13 @@ class Interpreter:
                 self.wrong.append(f"a thread was in {found}, not in {here}")
 
     async def do_with(self, here: Context, outer: int, inner: int) -> None:
-        with context_session(self.contexts[outer]):
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(context_session(self.contexts[outer]))
+            except SessionError:
+                if self.is_limited:
+                    return  # it would have to wait
+                raise
             self.check("with", self.contexts[outer])
             with context_session(self.contexts[inner]):
                 self.check("with", self.contexts[inner])
@@ -225,23 +233,27 @@ class Interpreter:
             self.wrong.append("the loop is still wrapped")
 
 
+@pytest.mark.parametrize("limit", [None, 1])
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.usefixtures("scheduler")
-def test_every_step_is_in_its_own_context(loop: str) -> None:
+def test_every_step_is_in_its_own_context(loop: str, limit: int | None) -> None:
+    """Also where one task at a time may be in a session, whichever: the others wait."""
     contexts = [pgk.create_context(f"c{index}", 64 * MB) for index in range(CONTEXTS)]
+    gate = share_gate(limit or 1, *contexts if limit else ())
     checks = 0
 
     @settings(
-        max_examples=500 if loop == "asyncio" else 150,
+        max_examples=500 if loop == "asyncio" and not limit else 150,
         suppress_health_check=[HealthCheck.too_slow],
     )
     @given(st.lists(programs, min_size=1, max_size=3))
     def interpret(parts: list[Program]) -> None:
         nonlocal checks
-        interpreter = Interpreter(contexts)
+        interpreter = Interpreter(contexts, is_limited=limit is not None)
         LOOPS[loop](interpreter.main(parts))
         interpreter.kept.clear()
         assert not interpreter.wrong
+        assert gate.open == gate.waiting == 0
         checks += interpreter.checks
         for context in contexts:
             assert context.state == "idle"

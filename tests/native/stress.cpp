@@ -1,6 +1,6 @@
 // Many threads on one small device, for the sanitizers: allocations in shared and own contexts,
-// reclaim between them, contexts that come and go with live blocks, sessions, statistics; and a
-// memory pool too small for them.
+// reclaim between them, contexts that come and go with live blocks, sessions that queue up,
+// statistics; and a memory pool too small for them.
 #include <array>
 #include <atomic>
 #include <chrono>
@@ -42,6 +42,7 @@ constexpr int kThreads = 4;
 constexpr int kSteps = 1000;
 constexpr int kPoolSteps = 1000;
 constexpr int kWaits = 100;
+constexpr int kSessions = 2;  // of the shared context, at a time
 
 struct Block {
   void* address;
@@ -60,6 +61,8 @@ struct Block {
 };
 
 std::atomic<int> refusals{0};
+std::atomic<int> inside{0};
+std::atomic<int> waits{0};
 
 void fail(const char* text) {
   std::fprintf(stderr, "%s\n", text);
@@ -106,20 +109,29 @@ void work(Manager& manager, const std::shared_ptr<Context>& shared, int index) {
       blocks.pop_back();
     } else if (what < 97) {
       const std::int64_t outside = thread_stream;
+      const auto ticket = shared->queue_up(tickets_of_thread());
+      if (ticket->is_waiting()) ++waits;
+      if (ticket->is_waiting() && below(8) == 0) continue;
+      while (ticket->is_waiting()) ticket->wait_for(std::chrono::milliseconds(10));
       Session outer(shared);
       Session session(below(2) == 0 ? own : shared);
       bool is_in = false;
       attempt([&] {
-        outer.enter();
+        outer.enter(ticket);
         is_in = true;
       });
       if (!is_in) continue;
+      if (++inside > kSessions) fail("more sessions were let in than the limit");
+      // Within it there is nothing to wait for.
+      const auto again = shared->queue_up(tickets_of_thread());
+      if (again->is_waiting()) fail("who was in had to queue up");
       is_in = false;
       attempt([&] {
-        session.enter();
+        session.enter(again);
         is_in = true;
       });
       if (!is_in) {
+        --inside;
         outer.exit();
         continue;
       }
@@ -137,13 +149,10 @@ void work(Manager& manager, const std::shared_ptr<Context>& shared, int index) {
         if (error.code() != ErrorCode::out_of_memory) throw;
         ++refusals;
       }
-      if (below(2) == 0) {
-        outer.exit();
-        session.exit();
-      } else {
-        session.exit();
-        outer.exit();
-      }
+      const bool is_out_of_order = below(2) == 0;
+      (is_out_of_order ? outer : session).exit();
+      --inside;
+      (is_out_of_order ? session : outer).exit();
       if (thread_stream != outside) fail("the thread did not get its stream back");
     } else if (what < 98) {
       // With its live blocks; they are freed later, by address.
@@ -205,7 +214,7 @@ int main() {
   FakeStreams streams;
   auto manager = Manager::make(std::make_shared<HostDevice>(48 * MiB), &streams, 64 * MiB,
                                std::chrono::milliseconds(2));
-  auto shared = manager->create_context({"shared", 24 * MiB, 0});
+  auto shared = manager->create_context({"shared", 24 * MiB, 0, Tier::burstable, kSessions});
   auto pool = MemoryPool::make(4 * MiB, true, std::make_shared<HostDevice>(12 * MiB));
   std::vector<std::thread> threads;
   for (int index = 0; index < kThreads; ++index) {
@@ -231,6 +240,10 @@ int main() {
   manager->check_invariants();
   if (shared->used_bytes() != 0) fail("blocks were lost");
   if (manager->device_usage().contexts.size() != 1) fail("an orphan was not collected");
+  if (waits == 0) fail("nobody had to wait for his turn");
+  SessionTicket::List all;
+  for (int slot = 0; slot < kSessions; ++slot) all.push_back(shared->queue_up({}));
+  if (all.back()->is_waiting()) fail("a slot was lost");
   if (refusals == 0) fail("the device was never full: the test tests too little");
   std::printf("done, %d refusals, %llu evictions, %llu restores\n", refusals.load(),
               static_cast<unsigned long long>(totals.counters.evictions),

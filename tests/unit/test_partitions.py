@@ -3,6 +3,8 @@
 import contextlib
 import gc
 import random
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 
@@ -486,6 +488,45 @@ def test_wrong_input_gives_one_clear_error(
 def test_a_configuration_is_checked(manager: Manager, config: PartitionConfig, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         PartitionManager(config, manager)
+
+
+# Sessions ---------------------------------------------------------------------------------------
+
+
+def test_streams_limit_the_sessions_of_a_partition(
+    manager: Manager, partitions: PartitionManager
+) -> None:
+    """Let in by tier, whichever context they enter."""
+    partitions.create_partition("a", "A", PartitionLimits().streams(1))
+    low = manager.create_context("low", 4 * MB, 0, Tier.best_effort, "a")
+    high = manager.create_context("high", 4 * MB, 4 * MB, Tier.guaranteed)
+    partitions.assign(high, "a")
+    order: list[str] = []
+
+    def work(context: native.Context) -> None:
+        session = enter(context)
+        order.append(context.name)
+        session.exit()
+
+    session = enter(low)
+    assert partitions.get("a").usage.sessions == 1
+    threads = [threading.Thread(target=work, args=(each,), daemon=True) for each in (low, high)]
+    for i, thread in enumerate(threads):
+        thread.start()
+        deadline = time.monotonic() + 30
+        while partitions.get("a").usage.waiting <= i and time.monotonic() < deadline:
+            time.sleep(0.001)
+    assert partitions.get("a").usage.waiting == 2
+    session.exit()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert order == ["high", "low"]
+    # Out of the partition, nobody waits.
+    partitions.assign(high, None)
+    session = enter(low)
+    enter(high).exit()
+    session.exit()
 
 
 # The public functions ---------------------------------------------------------------------------
