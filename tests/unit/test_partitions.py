@@ -490,45 +490,6 @@ def test_a_configuration_is_checked(manager: Manager, config: PartitionConfig, t
         PartitionManager(config, manager)
 
 
-# Sessions ---------------------------------------------------------------------------------------
-
-
-def test_streams_limit_the_sessions_of_a_partition(
-    manager: Manager, partitions: PartitionManager
-) -> None:
-    """Let in by tier, whichever context they enter."""
-    partitions.create_partition("a", "A", PartitionLimits().streams(1))
-    low = manager.create_context("low", 4 * MB, 0, Tier.best_effort, "a")
-    high = manager.create_context("high", 4 * MB, 4 * MB, Tier.guaranteed)
-    partitions.assign(high, "a")
-    order: list[str] = []
-
-    def work(context: native.Context) -> None:
-        session = enter(context)
-        order.append(context.name)
-        session.exit()
-
-    session = enter(low)
-    assert partitions.get("a").usage.sessions == 1
-    threads = [threading.Thread(target=work, args=(each,), daemon=True) for each in (low, high)]
-    for i, thread in enumerate(threads):
-        thread.start()
-        deadline = time.monotonic() + 30
-        while partitions.get("a").usage.waiting <= i and time.monotonic() < deadline:
-            time.sleep(0.001)
-    assert partitions.get("a").usage.waiting == 2
-    session.exit()
-    for thread in threads:
-        thread.join(30)
-        assert not thread.is_alive()
-    assert order == ["high", "low"]
-    # Out of the partition, nobody waits.
-    partitions.assign(high, None)
-    session = enter(low)
-    enter(high).exit()
-    session.exit()
-
-
 # The public functions ---------------------------------------------------------------------------
 
 
@@ -606,3 +567,50 @@ def test_a_context_besides_partitions_that_have_everything_is_warned_about(
     partitions.create_partition("b", "B", share(0.5))
     with pytest.warns(UserWarning, match="partitions have all SMs: context 'd'"):
         create_context("d", 4 * MB).destroy()
+
+
+@pytest.mark.usefixtures("initialized")
+def test_streams_limit_the_sessions_of_a_partition() -> None:
+    """Let in by tier, whichever context they enter."""
+    partitions = PartitionManager(PartitionConfig(256 * MB))
+    partitions.create_partition("a", "A", PartitionLimits().streams(1))
+    low = create_context("low", 4 * MB, qos=QoSPolicy.BEST_EFFORT, partition="a")
+    high = create_context("high", 4 * MB, qos=QoSPolicy.GUARANTEED)
+    partitions.assign(high, "a")
+    order: list[str] = []
+
+    def work(context: pgk.ExecutionContext) -> None:
+        with context_session(context):
+            order.append(context.name)
+
+    # Made outside of the session: those started in it would be in it.
+    threads = [threading.Thread(target=work, args=(each,), daemon=True) for each in (low, high)]
+    session = context_session(low)
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with session:
+            entered.set()
+            leave.wait(30)
+
+    holder = threading.Thread(target=hold, daemon=True)
+    holder.start()
+    try:
+        assert entered.wait(30)
+        for i, thread in enumerate(threads):
+            thread.start()
+            deadline = time.monotonic() + 30
+            while partitions.get("a").usage.waiting <= i and time.monotonic() < deadline:
+                time.sleep(0.001)
+        usage = partitions.get("a").usage
+        assert (usage.sessions, usage.waiting) == (1, 2)
+    finally:
+        leave.set()
+        for thread in (holder, *threads):
+            thread.join(30)
+            assert not thread.is_alive()
+    assert order == ["high", "low"]
+    # Out of the partition, nobody waits.
+    partitions.assign(high, None)
+    with context_session(low), context_session(high):
+        assert partitions.get("a").usage.sessions == 1

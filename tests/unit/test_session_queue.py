@@ -103,7 +103,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.created += 1
         name = f"{index}-{self.created}"
         base = 2 * MB if tier is Tier.guaranteed else 0
-        context = self.manager.create_context(name, 2 * MB, base, tier, own)
+        context = self.manager.create_context(name, 2 * MB, base, tier, max_sessions=own)
         if partition is not None:
             context.set_partition_gate(self.gates[partition])
         return context
