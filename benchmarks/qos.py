@@ -85,7 +85,7 @@ class Size:
     beside_items: tuple[str, ...]
 
 
-FULL = Size(2, {GRAPH: (120, 0.6), GENERATE: (12, 0.35), NOTHING: (0, 0.15)}, (GRAPH, GENERATE))
+FULL = Size(2, {GRAPH: (120, 0.6), GENERATE: (12, 0.25), NOTHING: (0, 0.15)}, (GRAPH, GENERATE))
 QUICK = Size(1, {GRAPH: (20, 0.08), GENERATE: (2, 0.08), NOTHING: (0, 0.05)}, (GRAPH,))
 
 

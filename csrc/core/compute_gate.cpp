@@ -18,7 +18,8 @@ constexpr std::size_t kFewMarks = 8;
 constexpr microseconds kMarkEvery{100};  // where operations are short
 constexpr microseconds kLookAgain{50};
 constexpr microseconds kNextRequest{200};
-constexpr milliseconds kIdleFor{2};  // longer than the gaps of a model that is run eagerly
+// Longer than the gaps of a model that is run eagerly, and than a turn of Python's GIL, 5 ms.
+constexpr milliseconds kIdleFor{10};
 constexpr milliseconds kLongestHold{100};
 
 }  // namespace
