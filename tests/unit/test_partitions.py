@@ -285,6 +285,25 @@ def test_a_base_within_a_partition_is_lent_and_claimed(
     manager.check_invariants()
 
 
+@pytest.mark.parametrize("tier", [Tier.burstable, Tier.guaranteed])
+@pytest.mark.parametrize("free", [True, False])
+def test_partitions_give_way_to_contexts_in_none(
+    manager: Manager, partitions: PartitionManager, tier: Tier, free: bool
+) -> None:
+    partitions.create_partition("a", "A", PartitionLimits())
+    base = 128 * MB if tier == Tier.guaranteed else 0
+    claimant = manager.create_context("claimant", 128 * MB, base, tier)
+    holder = manager.create_context("holder", 256 * MB, 0, Tier.best_effort, "a")
+    address = holder.allocate(240 * MB)
+    if free:
+        holder.free(address)
+    assert manager.usage(claimant).available == 128 * MB
+    claimant.allocate(128 * MB)
+    assert manager.usage(holder).resident <= 128 * MB
+    assert (manager.usage(holder).evicted == 0) is free
+    manager.check_invariants()
+
+
 def test_mates_give_what_only_they_can() -> None:
     def holder(id: int, use: int, spare: int, mate: bool) -> Holder:
         return Holder(id, Tier.burstable, False, False, use, spare, 1, mate)
