@@ -49,7 +49,8 @@ std::shared_ptr<Partition> Manager::create_partition(
   const Blocking blocking;
   const std::lock_guard lock(mutex_);
   require_usable();
-  std::size_t memory = limits.memory.value_or(0);
+  device_said_.clear();
+  std::size_t memory = 0;
   double bandwidth = limits.bandwidth.value_or(0);
   for (const auto& other : partitions_) {
     if (other->id == id) {
@@ -59,11 +60,11 @@ std::shared_ptr<Partition> Manager::create_partition(
     memory += other->limits.memory.value_or(0);
     bandwidth += other->limits.bandwidth.value_or(0);
   }
-  if (memory > config->limit()) {
-    throw Error(ErrorCode::admission,
-                refused + "a memory limit of " + format_bytes(*limits.memory) +
-                    " does not fit: partitions have " + format_bytes(memory - *limits.memory) +
-                    " of " + format_bytes(config->limit()));
+  if (limits.memory.value_or(0) > config->limit() - memory) {
+    throw Error(ErrorCode::admission, refused + "a memory limit of " +
+                                          format_bytes(*limits.memory) +
+                                          " does not fit: partitions have " + format_bytes(memory) +
+                                          " of " + format_bytes(config->limit()));
   }
   if (bandwidth > 1 + 1e-6) {
     throw Error(ErrorCode::admission,

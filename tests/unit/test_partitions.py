@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import random
+import threading
 import warnings
 from collections.abc import Iterator
 
@@ -422,6 +423,49 @@ def test_overcommit(manager: Manager) -> None:
     assert partitions.stats().available_memory == 0
     with pytest.raises(AdmissionError, match=r"2.00 MiB does not fit: .* 96.00 MiB of 96.00 MiB"):
         partitions.create_partition("c", "C", PartitionLimits().memory(2 * MB))
+
+
+@pytest.mark.parametrize("ratio", [1e12, 1e300])
+def test_sums_of_limits_do_not_overflow(manager: Manager, ratio: float) -> None:
+    partitions = PartitionManager(PartitionConfig(256 * MB, True, ratio), manager)
+    assert partitions.stats().available_memory == 2**63
+    partitions.create_partition("a", "A", PartitionLimits().memory(2 * MB))
+    for memory in (2**64 - 1, 2**64 - 2 * MB, 2**63):
+        with pytest.raises(AdmissionError, match=r"does not fit: partitions have 2.00 MiB"):
+            partitions.create_partition("b", "B", PartitionLimits().memory(memory))
+    partitions.create_partition("b", "B", PartitionLimits().memory(2**63 - 2 * MB))
+    assert partitions.stats().available_memory == 0
+    context = manager.create_context("c", 64 * MB, partition="b")
+    context.free(context.allocate(64 * MB))
+    manager.check_invariants()
+
+
+def test_a_partition_may_go_while_it_is_looked_at(partitions: PartitionManager) -> None:
+    done = threading.Event()
+    seen: list[BaseException] = []
+
+    def look() -> None:
+        while not done.is_set():
+            try:
+                assert partitions.get("a").sm_count in (64, None)
+            except ValueError as error:
+                if "unknown partition" not in str(error):
+                    seen.append(error)
+            except BaseException as error:
+                seen.append(error)
+
+    threads = [threading.Thread(target=look, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(2000):
+            partitions.create_partition("a", "A", share(0.5))
+            partitions.delete_partition("a")
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join(30)
+    assert seen == []
 
 
 def test_limits_are_copied() -> None:
