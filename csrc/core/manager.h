@@ -281,7 +281,7 @@ class Manager : public std::enable_shared_from_this<Manager> {
   // Partitions: with the manager's lock.
   std::shared_ptr<Partition> find_partition(const std::string& id) const;
   std::vector<std::string> members(const Partition& partition) const;
-  void close_partition(const Partition& partition);
+  void close_partition(Partition& partition);
   void release(const std::shared_ptr<Partition>& partition);
   ProcessorSet processors(const Partition& partition) const;
   ProcessorSet processors_of(const Context& context) const;

@@ -88,8 +88,9 @@ std::shared_ptr<Partition> Manager::create_partition(
   return partition;
 }
 
-void Manager::close_partition(const Partition& partition) {
-  if (partition.share) shares_.give_back(*partition.share);
+void Manager::close_partition(Partition& partition) {
+  // Whoever still looks at it must not find the share of somebody else.
+  if (partition.share) shares_.give_back(*std::exchange(partition.share, std::nullopt));
   ledger_.close_partition(partition.account);
 }
 
