@@ -272,6 +272,11 @@ void Manager::replace_stream(Context& context) {
     // So what is free in the order of the one is free in the order of the other.
     if (!device_->is_idle(now)) device_->wait(next, device_->record(now));
     const ContextLock lock(context.mutex_);
+    // Nobody has to say that blocks of the lane are used on the old one, even from now on.
+    for (const std::uint32_t start : context.arena_.live_blocks_of(0)) {
+      std::vector<StreamId>& uses = context.uses_[start];
+      if (std::find(uses.begin(), uses.end(), now) == uses.end()) uses.push_back(now);
+    }
     context.lanes_.front() = next;
     context.stream_ = next;
   }

@@ -178,6 +178,46 @@ def test_the_new_stream_starts_after_the_old_one(
     manager.check_invariants()
 
 
+def test_what_was_live_on_the_old_stream_waits_for_it_when_it_is_freed(
+    device: native.HostDevice, manager: Manager, partitions: PartitionManager
+) -> None:
+    """It was handed out for that stream, where it is used without saying so."""
+    context = manager.create_context("c", 8 * MB)
+    old = context.stream
+    address = context.allocate(2 * MB)
+    for id in ("a", "b"):
+        partitions.create_partition(id, id, share(0.25))
+    device.hold(old)
+    device.record(old)
+    context.free(address)
+    other = context.allocate(2 * MB)
+    assert other != address
+    context.free(other)
+    device.let_go(old)
+    assert context.allocate(8 * MB), "all of it is free again"
+    manager.check_invariants()
+
+
+def test_an_eviction_waits_for_the_old_stream(
+    device: native.HostDevice, manager: Manager, partitions: PartitionManager
+) -> None:
+    context = manager.create_context("c", 8 * MB)
+    old = context.stream
+    context.allocate(2 * MB)
+    partitions.create_partition("a", "A", share(0.5))
+    device.hold(old)
+    device.record(old)
+    thread = threading.Thread(target=manager.evict_context, args=(context,), daemon=True)
+    thread.start()
+    try:
+        thread.join(0.1)
+        assert thread.is_alive()
+    finally:
+        device.let_go(old)
+        thread.join(30)
+    assert manager.usage(context).evicted == 2 * MB
+
+
 def test_captures_have_a_stream_of_their_own(
     device: native.HostDevice, manager: Manager, partitions: PartitionManager
 ) -> None:
