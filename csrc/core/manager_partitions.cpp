@@ -185,9 +185,10 @@ void Manager::assign(Context& context, const std::shared_ptr<Partition>& partiti
   };
   until_settled([&]() -> std::optional<EventId> {
     require_existing();
+    // On the device it has its place already.
     const std::size_t committed = missing();
-    if (committed == 0) return std::nullopt;
-    return make_room_for_base(committed, account, &context);
+    reclaim_for_base(committed, account, &context);
+    return ledger_.uncommitted(account) < committed ? first_retired() : std::nullopt;
   });
   Stopped self(*this, /*victims=*/false);
   Lock lock(mutex_);
@@ -198,6 +199,7 @@ void Manager::assign(Context& context, const std::shared_ptr<Partition>& partiti
   if (!self.stop(context)) {
     throw Error(ErrorCode::busy, refused + " while it has open sessions");
   }
+  device_said_.clear();
   on_behalf_of(refused + (partition ? " to partition '" + partition->id + "'" : std::string()),
                [&] { ledger_.assign(context.id(), account); });
   const std::shared_ptr<Partition> before = std::exchange(context.partition_, partition);

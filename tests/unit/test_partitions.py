@@ -412,6 +412,46 @@ def test_what_does_not_fit_is_not_assigned(manager: Manager, partitions: Partiti
     manager.check_invariants()
 
 
+def test_assigning_waits_for_nobody_outside_of_the_partition(
+    device: native.HostDevice, manager: Manager, partitions: PartitionManager
+) -> None:
+    partitions.create_partition("a", "A", PartitionLimits())
+    context = manager.create_context("c", 128 * MB)
+    context.allocate(80 * MB)
+    other = manager.create_context("other", 256 * MB)
+    address = other.allocate(160 * MB)
+    device.hold(other.stream)
+    device.record(other.stream)
+    other.free(address)
+    thread = threading.Thread(target=partitions.assign, args=(context, "a"), daemon=True)
+    thread.start()
+    try:
+        thread.join(30)
+        assert not thread.is_alive()
+    finally:
+        device.let_go(other.stream)
+        thread.join(30)
+    assert manager.usage(other).resident == 160 * MB, "it keeps its free pages"
+
+
+def test_errors_say_nothing_of_earlier_failures(
+    device: native.HostDevice, manager: Manager, partitions: PartitionManager
+) -> None:
+    context = manager.create_context("c", 8 * MB)
+    large = manager.create_context("large", 64 * MB)
+    partitions.create_partition("a", "A", PartitionLimits().memory(4 * MB))
+    for refused in (
+        lambda: partitions.create_partition("b", "B", share(0.01)),
+        lambda: partitions.assign(large, "a"),
+    ):
+        device.inject_fault(1, Device.Call.map)
+        with pytest.raises(torch.OutOfMemoryError, match="map"):
+            context.allocate(MB)
+        with pytest.raises((ValueError, AdmissionError)) as raised:
+            refused()
+        assert "the device said" not in str(raised.value)
+
+
 # Ids and lives ----------------------------------------------------------------------------------
 
 
