@@ -260,6 +260,12 @@ def test_a_stream_that_could_not_be_had_is_asked_for_on_entering(
     assert sms(device.processors(context.stream)) == 68
 
 
+@pytest.mark.parametrize("groups", [[1] * 65, [8, 0]])
+def test_groups_are_checked(groups: list[int]) -> None:
+    with pytest.raises(ValueError, match="processor_groups must be at most 64"):
+        native.HostDevice(4 * MB, groups)
+
+
 # Memory -----------------------------------------------------------------------------------------
 
 
