@@ -121,7 +121,7 @@ class Manager : public std::enable_shared_from_this<Manager> {
                                               const std::string& id, const std::string& name,
                                               const PartitionLimits& limits);
   void remove_partition(const std::shared_ptr<Partition>& partition);
-  void abandon_partitions(const std::shared_ptr<const PartitionConfig>& config);
+  void abandon_partitions(const std::weak_ptr<const PartitionConfig>& config);
   std::vector<std::shared_ptr<Partition>> partitions(
       const std::shared_ptr<const PartitionConfig>& config) const;
   // Null takes it out of its partition. Throws ErrorCode::busy while it has open sessions,

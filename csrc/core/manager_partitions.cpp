@@ -22,7 +22,7 @@ void check_share(const char* name, const std::optional<double>& share) {
   }
 }
 
-bool is_of(const Partition& partition, const std::shared_ptr<const PartitionConfig>& config) {
+bool is_of(const Partition& partition, const std::weak_ptr<const PartitionConfig>& config) {
   return !partition.config.owner_before(config) && !config.owner_before(partition.config);
 }
 
@@ -105,6 +105,7 @@ std::vector<std::string> Manager::members(const Partition& partition) const {
 void Manager::remove_partition(const std::shared_ptr<Partition>& partition) {
   const Blocking blocking;
   const std::lock_guard lock(mutex_);
+  require_usable();
   const auto found = std::find(partitions_.begin(), partitions_.end(), partition);
   if (found == partitions_.end()) return;
   const std::vector<std::string> names = members(*partition);
@@ -118,9 +119,10 @@ void Manager::remove_partition(const std::shared_ptr<Partition>& partition) {
   confine_all();
 }
 
-void Manager::abandon_partitions(const std::shared_ptr<const PartitionConfig>& config) {
+void Manager::abandon_partitions(const std::weak_ptr<const PartitionConfig>& config) {
   const Blocking blocking;
   const std::lock_guard lock(mutex_);
+  if (forked_) return;
   const auto removed = std::erase_if(partitions_, [&](const auto& partition) {
     if (!is_of(*partition, config) || !members(*partition).empty()) return false;
     close_partition(*partition);

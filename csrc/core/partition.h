@@ -87,7 +87,7 @@ class PartitionManager {
   std::shared_ptr<Manager> manager() const;
 
  private:
-  const std::shared_ptr<const PartitionConfig> config_;
+  std::shared_ptr<const PartitionConfig> config_;
   const std::weak_ptr<Manager> manager_;
 };
 
