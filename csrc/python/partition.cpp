@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -67,7 +68,7 @@ PartitionStats stats_of(const PartitionManager& manager) {
   }
   stats.available_memory = manager.config().limit() - stats.total_memory_allocated;
   stats.available_compute = manager.manager()->available_compute();
-  stats.available_bandwidth = 1 - stats.total_bandwidth_allocated;
+  stats.available_bandwidth = std::max(1 - stats.total_bandwidth_allocated, 0.0);
   return stats;
 }
 

@@ -554,6 +554,14 @@ def test_a_partition_may_go_while_it_is_looked_at(partitions: PartitionManager) 
     assert seen == []
 
 
+def test_nothing_less_than_nothing_is_left(partitions: PartitionManager) -> None:
+    """Sums of shares may exceed 1 by what decimal fractions lose."""
+    for id, rest in (("a", 0.5), ("b", 0.5000005)):
+        partitions.create_partition(id, id, share(rest).bandwidth(rest))
+    assert partitions.stats().available_bandwidth == 0
+    assert partitions.stats().available_compute == 0
+
+
 def test_limits_are_copied() -> None:
     limits = PartitionLimits()
     filled = limits.memory(5).compute(0.5).bandwidth(1.0).streams(3)
