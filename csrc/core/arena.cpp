@@ -372,6 +372,15 @@ std::vector<Arena::PageRun> Arena::idle_runs() const {
   return runs;
 }
 
+std::vector<std::uint32_t> Arena::live_blocks_of(Lane lane) const {
+  std::vector<std::uint32_t> starts;
+  for (Index index = 1; index != 0; index = blocks_[index].next) {
+    const Block& block = blocks_[index];
+    if (block.state == State::live && block.lane == lane) starts.push_back(block.start);
+  }
+  return starts;
+}
+
 std::uint32_t Arena::count_free_pages() const {
   std::uint32_t pages = 0;
   for (const PageRun& run : idle_runs()) pages += run.count;

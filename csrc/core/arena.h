@@ -96,6 +96,7 @@ class Arena {
   // are free again.
   void finish_retirement(PageRun run, std::uint32_t removed);
 
+  std::vector<std::uint32_t> live_blocks_of(Lane lane) const;
   // The pages that hold no live byte, retired ones included. Walks all blocks.
   std::vector<PageRun> idle_runs() const;
   std::uint32_t count_free_pages() const;

@@ -183,8 +183,7 @@ std::size_t Ledger::taken_from(Id id, PartitionId partition) const {
   const Account& account = this->account(id);
   std::size_t taken = account.resident;
   for (const auto& [other, held] : accounts_) {
-    const bool is_counted = partition == kDevice || held.partition == partition;
-    if (other != id && is_counted) taken += guarded(held, account.tier);
+    if (other != id && is_in(other, partition)) taken += guarded(held, account.tier);
   }
   return taken;
 }

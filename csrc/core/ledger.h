@@ -100,6 +100,10 @@ class Ledger {
   // Bytes that can be evicted: what is lent must still find its place, unless it is that.
   std::size_t evictable(bool of_loans) const;
   std::size_t limit(PartitionId partition) const;
+  // Whether the account is one of the partition's; all are the device's.
+  bool is_in(Id id, PartitionId partition) const {
+    return partition == kDevice || account(id).partition == partition;
+  }
   // What its accounts hold of the device.
   std::size_t resident(PartitionId partition) const { return find_partition(partition).resident; }
   std::size_t evicted() const { return evicted_; }

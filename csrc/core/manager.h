@@ -122,7 +122,7 @@ class Manager : public std::enable_shared_from_this<Manager> {
                                               const std::string& id, const std::string& name,
                                               const PartitionLimits& limits);
   void remove_partition(const std::shared_ptr<Partition>& partition);
-  void abandon_partitions(const std::shared_ptr<const PartitionConfig>& config);
+  void abandon_partitions(const std::weak_ptr<const PartitionConfig>& config);
   std::vector<std::shared_ptr<Partition>> partitions(
       const std::shared_ptr<const PartitionConfig>& config) const;
   // Null takes it out of its partition. Throws ErrorCode::busy while it has open sessions,
@@ -282,7 +282,7 @@ class Manager : public std::enable_shared_from_this<Manager> {
   // Partitions: with the manager's lock.
   std::shared_ptr<Partition> find_partition(const std::string& id) const;
   std::vector<std::string> members(const Partition& partition) const;
-  void close_partition(const Partition& partition);
+  void close_partition(Partition& partition);
   void release(const std::shared_ptr<Partition>& partition);
   ProcessorSet processors(const Partition& partition) const;
   ProcessorSet processors_of(const Context& context) const;

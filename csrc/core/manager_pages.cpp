@@ -360,23 +360,19 @@ void Manager::reclaim_for(const Context& context, std::size_t bytes) {
   const Ledger::Id id = context.id();
   const Ledger::PartitionId partition = ledger_.account(id).partition;
   const auto spare = [&](const Context& other) { return ledger_.spare(other.id(), id); };
-  reclaim([&] { return ledger_.shortage_in_partition(id, bytes); },
-          [&](const Context& other) {
-            return ledger_.account(other.id()).partition == partition ? spare(other) : 0;
-          },
-          &context);
+  reclaim(
+      [&] { return ledger_.shortage_in_partition(id, bytes); },
+      [&](const Context& other) { return ledger_.is_in(other.id(), partition) ? spare(other) : 0; },
+      &context);
   reclaim([&] { return ledger_.shortage(id, bytes); }, spare, &context);
 }
 
 // The same for a reservation, unless it would not suffice.
 void Manager::reclaim_for_base(std::size_t base, Ledger::PartitionId partition,
                                const Context* except) {
-  const auto is_counted = [&](const Context& context) {
-    return partition == Ledger::kDevice || ledger_.account(context.id()).partition == partition;
-  };
   std::size_t reachable = ledger_.uncommitted(partition);
   for (const Context* context : all()) {
-    if (context == except || !is_counted(*context)) continue;
+    if (context == except || !ledger_.is_in(context->id(), partition)) continue;
     const ContextLock lock(context->mutex_);
     reachable += ledger_.account(context->id()).committed() - protected_bytes(*context);
   }
@@ -384,7 +380,7 @@ void Manager::reclaim_for_base(std::size_t base, Ledger::PartitionId partition,
   reclaim([&] { return base - std::min(base, ledger_.uncommitted(partition)); },
           [&](const Context& context) {
             const Ledger::Account& account = ledger_.account(context.id());
-            return is_counted(context) ? account.committed() - account.base : 0;
+            return ledger_.is_in(context.id(), partition) ? account.committed() - account.base : 0;
           },
           except);
 }

@@ -22,7 +22,7 @@ void check_share(const char* name, const std::optional<double>& share) {
   }
 }
 
-bool is_of(const Partition& partition, const std::shared_ptr<const PartitionConfig>& config) {
+bool is_of(const Partition& partition, const std::weak_ptr<const PartitionConfig>& config) {
   return !partition.config.owner_before(config) && !config.owner_before(partition.config);
 }
 
@@ -49,7 +49,8 @@ std::shared_ptr<Partition> Manager::create_partition(
   const Blocking blocking;
   const std::lock_guard lock(mutex_);
   require_usable();
-  std::size_t memory = limits.memory.value_or(0);
+  device_said_.clear();
+  std::size_t memory = 0;
   double bandwidth = limits.bandwidth.value_or(0);
   for (const auto& other : partitions_) {
     if (other->id == id) {
@@ -59,11 +60,11 @@ std::shared_ptr<Partition> Manager::create_partition(
     memory += other->limits.memory.value_or(0);
     bandwidth += other->limits.bandwidth.value_or(0);
   }
-  if (memory > config->limit()) {
-    throw Error(ErrorCode::admission,
-                refused + "a memory limit of " + format_bytes(*limits.memory) +
-                    " does not fit: partitions have " + format_bytes(memory - *limits.memory) +
-                    " of " + format_bytes(config->limit()));
+  if (limits.memory.value_or(0) > config->limit() - memory) {
+    throw Error(ErrorCode::admission, refused + "a memory limit of " +
+                                          format_bytes(*limits.memory) +
+                                          " does not fit: partitions have " + format_bytes(memory) +
+                                          " of " + format_bytes(config->limit()));
   }
   if (bandwidth > 1 + 1e-6) {
     throw Error(ErrorCode::admission,
@@ -90,8 +91,9 @@ std::shared_ptr<Partition> Manager::create_partition(
   return partition;
 }
 
-void Manager::close_partition(const Partition& partition) {
-  if (partition.share) shares_.give_back(*partition.share);
+void Manager::close_partition(Partition& partition) {
+  // Whoever still looks at it must not find the share of somebody else.
+  if (partition.share) shares_.give_back(*std::exchange(partition.share, std::nullopt));
   ledger_.close_partition(partition.account);
 }
 
@@ -106,6 +108,7 @@ std::vector<std::string> Manager::members(const Partition& partition) const {
 void Manager::remove_partition(const std::shared_ptr<Partition>& partition) {
   const Blocking blocking;
   const std::lock_guard lock(mutex_);
+  require_usable();
   const auto found = std::find(partitions_.begin(), partitions_.end(), partition);
   if (found == partitions_.end()) return;
   const std::vector<std::string> names = members(*partition);
@@ -119,9 +122,10 @@ void Manager::remove_partition(const std::shared_ptr<Partition>& partition) {
   confine_all();
 }
 
-void Manager::abandon_partitions(const std::shared_ptr<const PartitionConfig>& config) {
+void Manager::abandon_partitions(const std::weak_ptr<const PartitionConfig>& config) {
   const Blocking blocking;
   const std::lock_guard lock(mutex_);
+  if (forked_) return;
   const auto removed = std::erase_if(partitions_, [&](const auto& partition) {
     if (!is_of(*partition, config) || !members(*partition).empty()) return false;
     close_partition(*partition);
@@ -187,9 +191,10 @@ void Manager::assign(Context& context, const std::shared_ptr<Partition>& partiti
   };
   until_settled([&]() -> std::optional<EventId> {
     require_existing();
+    // On the device it has its place already.
     const std::size_t committed = missing();
-    if (committed == 0) return std::nullopt;
-    return make_room_for_base(committed, account, &context);
+    reclaim_for_base(committed, account, &context);
+    return ledger_.uncommitted(account) < committed ? first_retired() : std::nullopt;
   });
   Stopped self(*this, /*victims=*/false);
   Lock lock(mutex_);
@@ -200,6 +205,7 @@ void Manager::assign(Context& context, const std::shared_ptr<Partition>& partiti
   if (!self.stop(context)) {
     throw Error(ErrorCode::busy, refused + " while it has open sessions");
   }
+  device_said_.clear();
   on_behalf_of(refused + (partition ? " to partition '" + partition->id + "'" : std::string()),
                [&] { ledger_.assign(context.id(), account); });
   const std::shared_ptr<Partition> before = std::exchange(context.partition_, partition);
@@ -275,6 +281,11 @@ void Manager::replace_stream(Context& context) {
     // So what is free in the order of the one is free in the order of the other.
     if (!device_->is_idle(now)) device_->wait(next, device_->record(now));
     const ContextLock lock(context.mutex_);
+    // Nobody has to say that blocks of the lane are used on the old one, even from now on.
+    for (const std::uint32_t start : context.arena_.live_blocks_of(0)) {
+      std::vector<StreamId>& uses = context.uses_[start];
+      if (std::find(uses.begin(), uses.end(), now) == uses.end()) uses.push_back(now);
+    }
     context.lanes_.front() = next;
     context.stream_ = next;
   }

@@ -48,15 +48,15 @@ Manager::Survey Manager::survey(const Context* claimant,
                                 const std::vector<Standing>& standings) const {
   Survey survey;
   const Tier tier = claimant == nullptr ? Tier::best_effort : claimant->tier();
+  const Ledger::PartitionId partition =
+      claimant == nullptr ? Ledger::kDevice : ledger_.account(claimant->id()).partition;
   for (const Standing& standing : standings) {
     Holder holder = standing.holder;
     if (claimant != nullptr && holder.id == claimant->id()) continue;
-    const Ledger::Account& account = ledger_.account(holder.id);
-    const std::size_t spare =
-        claimant == nullptr ? account.resident : ledger_.spare(holder.id, claimant->id());
+    const std::size_t spare = claimant == nullptr ? ledger_.account(holder.id).resident
+                                                  : ledger_.spare(holder.id, claimant->id());
     const std::size_t cached = std::min(spare, standing.cached);
-    holder.mate =
-        claimant != nullptr && account.partition == ledger_.account(claimant->id()).partition;
+    holder.mate = ledger_.is_in(holder.id, partition);
     survey.cached += cached;
     survey.cached_by_mates += holder.mate ? cached : 0;
     if (standing.is_pinned || (holder.tier > tier && !holder.orphan)) continue;

@@ -29,7 +29,9 @@ PartitionManager::PartitionManager(const PartitionConfig& config,
 }
 
 PartitionManager::~PartitionManager() {
-  if (const auto manager = manager_.lock()) manager->abandon_partitions(config_);
+  // First: a partition whose last context leaves meanwhile must see that it is nobody's.
+  const std::weak_ptr<const PartitionConfig> config = std::exchange(config_, nullptr);
+  if (const auto manager = manager_.lock()) manager->abandon_partitions(config);
 }
 
 std::shared_ptr<Manager> PartitionManager::manager() const {

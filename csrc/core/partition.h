@@ -33,8 +33,10 @@ struct PartitionConfig {
   double overcommit_ratio = 1.0;
 
   std::size_t limit() const {
-    const double ratio = allow_overcommit ? overcommit_ratio : 1.0;
-    return static_cast<std::size_t>(static_cast<double>(total_memory) * ratio);
+    const double limit = static_cast<double>(total_memory) * overcommit_ratio;
+    if (!allow_overcommit) return total_memory;
+    // Above that a sum of limits might be more than can be counted.
+    return limit < 0x1p63 ? static_cast<std::size_t>(limit) : std::size_t{1} << 63;
   }
 };
 
@@ -88,7 +90,7 @@ class PartitionManager {
   std::shared_ptr<Manager> manager() const;
 
  private:
-  const std::shared_ptr<const PartitionConfig> config_;
+  std::shared_ptr<const PartitionConfig> config_;
   const std::weak_ptr<Manager> manager_;
 };
 

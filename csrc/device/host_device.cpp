@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
@@ -106,6 +107,11 @@ HostDevice::HostDevice(std::size_t capacity, std::vector<unsigned> processor_gro
   properties_.can_move = true;
   properties_.capacity = capacity / kGranularity * kGranularity;
   properties_.granularity = kGranularity;
+  const bool has_empty = std::count(processor_groups.begin(), processor_groups.end(), 0U) > 0;
+  if (processor_groups.size() > 64 || has_empty) {
+    throw Error(ErrorCode::invalid_value,
+                "processor_groups must be at most 64, of one processor or more each");
+  }
   properties_.processor_groups = std::move(processor_groups);
   properties_.why_undivided = "host: threads choose their processors, not streams";
   if (properties_.capacity == 0 || capacity > kLargestCapacity) {

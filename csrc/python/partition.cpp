@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -51,6 +52,12 @@ PartitionInfo info_of(const PartitionManager& manager, const std::string& id) {
           manager.manager()->partition_usage(*partition)};
 }
 
+std::vector<std::string> ids_of(const PartitionManager& manager) {
+  std::vector<std::string> ids;
+  for (const auto& partition : manager.partitions()) ids.push_back(partition->id);
+  return ids;
+}
+
 PartitionStats stats_of(const PartitionManager& manager) {
   PartitionStats stats;
   for (const auto& partition : manager.partitions()) {
@@ -61,7 +68,7 @@ PartitionStats stats_of(const PartitionManager& manager) {
   }
   stats.available_memory = manager.config().limit() - stats.total_memory_allocated;
   stats.available_compute = manager.manager()->available_compute();
-  stats.available_bandwidth = 1 - stats.total_bandwidth_allocated;
+  stats.available_bandwidth = std::max(1 - stats.total_bandwidth_allocated, 0.0);
   return stats;
 }
 
@@ -185,13 +192,15 @@ void bind_partition(py::module_& module) {
           "create_partition",
           [](PartitionManager& self, const std::string& id, const std::string& name,
              const PartitionLimits& limits) {
+            std::shared_ptr<Device> device;
             {
               const py::gil_scoped_release unlocked;
               self.create(id, name, limits);
+              device = self.manager()->device();
             }
-            const Device::Properties& device = self.manager()->device()->properties();
-            if (limits.compute && device.processor_groups.empty()) {
-              warn("partition '" + id + "' limits no computation: " + device.why_undivided);
+            if (limits.compute && device->properties().processor_groups.empty()) {
+              warn("partition '" + id +
+                   "' limits no computation: " + device->properties().why_undivided);
             }
             const py::gil_scoped_release unlocked;
             return info_of(self, id);
@@ -209,14 +218,7 @@ void bind_partition(py::module_& module) {
           py::arg("context"), py::arg("id"))
       .def("get_partition", &info_of, py::arg("id"), Unlocked())
       .def("get", &info_of, py::arg("id"), Unlocked())
-      .def_property_readonly("partition_ids",
-                             [](const PartitionManager& self) {
-                               std::vector<std::string> ids;
-                               for (const auto& partition : self.partitions()) {
-                                 ids.push_back(partition->id);
-                               }
-                               return ids;
-                             })
+      .def_property_readonly("partition_ids", py::cpp_function(&ids_of, Unlocked()))
       .def("stats", &stats_of, Unlocked());
 }
 

@@ -355,6 +355,10 @@ class ManagerMachine(RuleBasedStateMachine):
             assert usage.used <= usage.resident + usage.evicted <= usage.max
             assert usage.live_blocks == len(model.blocks)
             assert usage.partition == (model.partition or "")
+            if not self.fault_at:
+                # Whatever others borrow of it, and wherever they are.
+                whole = model.base // model.context.page_bytes * model.context.page_bytes
+                assert usage.available >= whole - usage.resident - usage.evicted
         for id, limit in self.limits.items():
             reserved = self.partitions.get(id).usage.reserved
             assert limit is None or reserved <= limit

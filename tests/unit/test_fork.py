@@ -66,6 +66,29 @@ def test_a_childs_writes_stay_in_the_child(context: pgk.ExecutionContext) -> Non
     assert (tensor == 1).all()
 
 
+def test_a_child_leaves_partitions_alone(context: pgk.ExecutionContext) -> None:
+    managers = [native.PartitionManager(native.PartitionConfig(64 * MB))]
+    managers[0].create_partition("p", "P", native.PartitionLimits())
+    context.evict()
+
+    def change() -> list[str]:
+        refusals = []
+        for action in (
+            lambda: managers[0].create_partition("q", "Q", native.PartitionLimits()),
+            lambda: managers[0].delete_partition("p"),
+            lambda: managers[0].assign(context, "p"),
+        ):
+            with pytest.raises(ForkError) as raised:
+                action()
+            refusals.append(type(raised.value).__name__)
+        managers.clear()
+        return refusals
+
+    assert in_child(change) == ["ForkError"] * 3
+    assert managers[0].partition_ids == ["p"]
+    managers[0].assign(context, "p")
+
+
 def test_evicted_memory_is_the_childs_own_too(context: pgk.ExecutionContext) -> None:
     with pgk.context_session(context):
         tensor = torch.ones(5 * MB // 4)

@@ -179,6 +179,46 @@ def test_the_new_stream_starts_after_the_old_one(
     manager.check_invariants()
 
 
+def test_what_was_live_on_the_old_stream_waits_for_it_when_it_is_freed(
+    device: native.HostDevice, manager: Manager, partitions: PartitionManager
+) -> None:
+    """It was handed out for that stream, where it is used without saying so."""
+    context = manager.create_context("c", 8 * MB)
+    old = context.stream
+    address = context.allocate(2 * MB)
+    for id in ("a", "b"):
+        partitions.create_partition(id, id, share(0.25))
+    device.hold(old)
+    device.record(old)
+    context.free(address)
+    other = context.allocate(2 * MB)
+    assert other != address
+    context.free(other)
+    device.let_go(old)
+    assert context.allocate(8 * MB), "all of it is free again"
+    manager.check_invariants()
+
+
+def test_an_eviction_waits_for_the_old_stream(
+    device: native.HostDevice, manager: Manager, partitions: PartitionManager
+) -> None:
+    context = manager.create_context("c", 8 * MB)
+    old = context.stream
+    context.allocate(2 * MB)
+    partitions.create_partition("a", "A", share(0.5))
+    device.hold(old)
+    device.record(old)
+    thread = threading.Thread(target=manager.evict_context, args=(context,), daemon=True)
+    thread.start()
+    try:
+        thread.join(0.1)
+        assert thread.is_alive()
+    finally:
+        device.let_go(old)
+        thread.join(30)
+    assert manager.usage(context).evicted == 2 * MB
+
+
 def test_captures_have_a_stream_of_their_own(
     device: native.HostDevice, manager: Manager, partitions: PartitionManager
 ) -> None:
@@ -219,6 +259,12 @@ def test_a_stream_that_could_not_be_had_is_asked_for_on_entering(
     assert context.sessions == 0
     enter(context).exit()
     assert sms(device.processors(context.stream)) == 68
+
+
+@pytest.mark.parametrize("groups", [[1] * 65, [8, 0]])
+def test_groups_are_checked(groups: list[int]) -> None:
+    with pytest.raises(ValueError, match="processor_groups must be at most 64"):
+        native.HostDevice(4 * MB, groups)
 
 
 # Memory -----------------------------------------------------------------------------------------
@@ -284,6 +330,25 @@ def test_a_base_within_a_partition_is_lent_and_claimed(
     owner.allocate(48 * MB)
     assert manager.usage(owner).resident == 48 * MB
     assert manager.usage(borrower).resident <= 16 * MB
+    manager.check_invariants()
+
+
+@pytest.mark.parametrize("tier", [Tier.burstable, Tier.guaranteed])
+@pytest.mark.parametrize("free", [True, False])
+def test_partitions_give_way_to_contexts_in_none(
+    manager: Manager, partitions: PartitionManager, tier: Tier, free: bool
+) -> None:
+    partitions.create_partition("a", "A", PartitionLimits())
+    base = 128 * MB if tier == Tier.guaranteed else 0
+    claimant = manager.create_context("claimant", 128 * MB, base, tier)
+    holder = manager.create_context("holder", 256 * MB, 0, Tier.best_effort, "a")
+    address = holder.allocate(240 * MB)
+    if free:
+        holder.free(address)
+    assert manager.usage(claimant).available == 128 * MB
+    claimant.allocate(128 * MB)
+    assert manager.usage(holder).resident <= 128 * MB
+    assert (manager.usage(holder).evicted == 0) is free
     manager.check_invariants()
 
 
@@ -354,6 +419,46 @@ def test_what_does_not_fit_is_not_assigned(manager: Manager, partitions: Partiti
     manager.check_invariants()
 
 
+def test_assigning_waits_for_nobody_outside_of_the_partition(
+    device: native.HostDevice, manager: Manager, partitions: PartitionManager
+) -> None:
+    partitions.create_partition("a", "A", PartitionLimits())
+    context = manager.create_context("c", 128 * MB)
+    context.allocate(80 * MB)
+    other = manager.create_context("other", 256 * MB)
+    address = other.allocate(160 * MB)
+    device.hold(other.stream)
+    device.record(other.stream)
+    other.free(address)
+    thread = threading.Thread(target=partitions.assign, args=(context, "a"), daemon=True)
+    thread.start()
+    try:
+        thread.join(30)
+        assert not thread.is_alive()
+    finally:
+        device.let_go(other.stream)
+        thread.join(30)
+    assert manager.usage(other).resident == 160 * MB, "it keeps its free pages"
+
+
+def test_errors_say_nothing_of_earlier_failures(
+    device: native.HostDevice, manager: Manager, partitions: PartitionManager
+) -> None:
+    context = manager.create_context("c", 8 * MB)
+    large = manager.create_context("large", 64 * MB)
+    partitions.create_partition("a", "A", PartitionLimits().memory(4 * MB))
+    for refused in (
+        lambda: partitions.create_partition("b", "B", share(0.01)),
+        lambda: partitions.assign(large, "a"),
+    ):
+        device.inject_fault(1, Device.Call.map)
+        with pytest.raises(torch.OutOfMemoryError, match="map"):
+            context.allocate(MB)
+        with pytest.raises((ValueError, AdmissionError)) as raised:
+            refused()
+        assert "the device said" not in str(raised.value)
+
+
 # Ids and lives ----------------------------------------------------------------------------------
 
 
@@ -405,6 +510,57 @@ def test_overcommit(manager: Manager) -> None:
     assert partitions.stats().available_memory == 0
     with pytest.raises(AdmissionError, match=r"2.00 MiB does not fit: .* 96.00 MiB of 96.00 MiB"):
         partitions.create_partition("c", "C", PartitionLimits().memory(2 * MB))
+
+
+@pytest.mark.parametrize("ratio", [1e12, 1e300])
+def test_sums_of_limits_do_not_overflow(manager: Manager, ratio: float) -> None:
+    partitions = PartitionManager(PartitionConfig(256 * MB, True, ratio), manager)
+    assert partitions.stats().available_memory == 2**63
+    partitions.create_partition("a", "A", PartitionLimits().memory(2 * MB))
+    for memory in (2**64 - 1, 2**64 - 2 * MB, 2**63):
+        with pytest.raises(AdmissionError, match=r"does not fit: partitions have 2.00 MiB"):
+            partitions.create_partition("b", "B", PartitionLimits().memory(memory))
+    partitions.create_partition("b", "B", PartitionLimits().memory(2**63 - 2 * MB))
+    assert partitions.stats().available_memory == 0
+    context = manager.create_context("c", 64 * MB, partition="b")
+    context.free(context.allocate(64 * MB))
+    manager.check_invariants()
+
+
+def test_a_partition_may_go_while_it_is_looked_at(partitions: PartitionManager) -> None:
+    done = threading.Event()
+    seen: list[BaseException] = []
+
+    def look() -> None:
+        while not done.is_set():
+            try:
+                assert partitions.get("a").sm_count in (64, None)
+            except ValueError as error:
+                if "unknown partition" not in str(error):
+                    seen.append(error)
+            except BaseException as error:
+                seen.append(error)
+
+    threads = [threading.Thread(target=look, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(2000):
+            partitions.create_partition("a", "A", share(0.5))
+            partitions.delete_partition("a")
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join(30)
+    assert seen == []
+
+
+def test_nothing_less_than_nothing_is_left(partitions: PartitionManager) -> None:
+    """Sums of shares may exceed 1 by what decimal fractions lose."""
+    for id, rest in (("a", 0.5), ("b", 0.5000005)):
+        partitions.create_partition(id, id, share(rest).bandwidth(rest))
+    assert partitions.stats().available_bandwidth == 0
+    assert partitions.stats().available_compute == 0
 
 
 def test_limits_are_copied() -> None:
