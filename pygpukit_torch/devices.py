@@ -91,13 +91,12 @@ class _Cuda(Backend):
         self.manager = _managed(self.device, native.cuda_streams(self.device), self.settings)
 
     def install(self) -> None:
+        if self.settings.install:
+            if not native.cuda_is_initialized():
+                torch.cuda.memory.change_current_allocator(ContextAllocator())
+            native.install_cuda_allocator()
+            native.serve_contexts_of(self.manager)
         captures.attend_graphs()
-        if not self.settings.install:
-            return
-        if not native.cuda_is_initialized():
-            torch.cuda.memory.change_current_allocator(ContextAllocator())
-        native.install_cuda_allocator()
-        native.serve_contexts_of(self.manager)
 
     def uninstall(self) -> None:
         captures.stop_attending_graphs()

@@ -16,7 +16,7 @@ constexpr microseconds kAhead{500};
 constexpr std::size_t kMostMarks = 64;
 constexpr std::size_t kFewMarks = 8;
 constexpr microseconds kMarkEvery{100};  // where operations are short
-constexpr microseconds kLookAgain{50};
+constexpr microseconds kPollEvery{50};
 constexpr microseconds kNextRequest{200};
 // Longer than the gaps of a model that is run eagerly, and than a turn of Python's GIL, 5 ms.
 constexpr milliseconds kIdleFor{10};
@@ -88,7 +88,7 @@ void ComputeGate::hold(RunAhead& ahead) {
     if (sessions_.load(std::memory_order_relaxed) == 0 || is_working()) worked = now;
     ahead.passes_ = now - worked > kIdleFor;
     if (ahead.passes_ || now - start > kLongestHold) return;
-    std::this_thread::sleep_for(kLookAgain);
+    std::this_thread::sleep_for(kPollEvery);
   }
 }
 

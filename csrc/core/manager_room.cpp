@@ -177,7 +177,7 @@ void Manager::admit(Context& context, bool keeps_active) {
       });
       require_open(context);
       if (context.try_begin_session(keeps_active)) return;
-      {
+      if ((context.sessions_.load() & Context::kEvicted) != 0) {
         // What is free there need not come back.
         const ContextLock context_lock(context.mutex_);
         give_up_pages(context, SIZE_MAX);

@@ -9,7 +9,7 @@
 namespace pgk {
 namespace {
 
-[[noreturn]] void refuse(const std::string& text) {
+[[noreturn]] void invalid(const std::string& text) {
   throw Error(ErrorCode::invalid_value, text);
 }
 
@@ -20,11 +20,11 @@ PartitionManager::PartitionManager(const PartitionConfig& config,
     : config_(std::make_shared<const PartitionConfig>(config)), manager_(manager) {
   const std::size_t capacity = manager->device()->properties().capacity;
   if (config.total_memory == 0 || config.total_memory > capacity) {
-    refuse("total_memory of " + format_bytes(config.total_memory) +
+    invalid("total_memory of " + format_bytes(config.total_memory) +
            " is not between one byte and the device's capacity of " + format_bytes(capacity));
   }
   if (!std::isfinite(config.overcommit_ratio) || config.overcommit_ratio < 1) {
-    refuse("overcommit_ratio must be 1 or more, got " + std::to_string(config.overcommit_ratio));
+    invalid("overcommit_ratio must be 1 or more, got " + std::to_string(config.overcommit_ratio));
   }
 }
 
@@ -37,7 +37,7 @@ PartitionManager::~PartitionManager() {
 std::shared_ptr<Manager> PartitionManager::manager() const {
   auto manager = manager_.lock();
   if (!manager || manager->is_shut_down())
-    refuse("the device of this partition manager was shut down");
+    invalid("the device of this partition manager was shut down");
   return manager;
 }
 
@@ -56,7 +56,7 @@ std::shared_ptr<Partition> PartitionManager::get(const std::string& id) const {
     if (partition->id == id) return partition;
     known += (known.empty() ? "'" : ", '") + partition->id + "'";
   }
-  refuse("unknown partition '" + id + "'; there are: " + (known.empty() ? "none" : known));
+  invalid("unknown partition '" + id + "'; there are: " + (known.empty() ? "none" : known));
 }
 
 void PartitionManager::remove(const std::string& id) {

@@ -2,6 +2,7 @@
 #include <mutex>
 #include <utility>
 
+#include "core/scope_exit.h"
 #include "core/session.h"
 #include "core/thread_entries.h"
 
@@ -12,6 +13,12 @@ using detail::this_process;
 using detail::thread_entries;
 using detail::ThreadEntries;
 using detail::WayBack;
+
+namespace {
+
+thread_local std::uint32_t steps_under_way = 0;
+
+}  // namespace
 
 TaskEntry::TaskEntry(std::shared_ptr<Context> context, const void* task, const void* variables,
                      std::shared_ptr<SessionTicket> ticket)
@@ -44,11 +51,16 @@ bool TaskEntry::is_open_here() const {
 Step::Step(const void* variables, std::shared_ptr<Context> context) {
   ThreadEntries& own = thread_entries();
   mend_stream();
+  // Known to whoever switches the thread's stream, on the way in and on the way out.
+  ++steps_under_way;
+  ScopeExit undo([] { --steps_under_way; });
   number_ = ++own.steps;
   own.push({.context = std::move(context), .step = number_, .variables = variables});
+  undo.dismiss();
 }
 
 Step::~Step() {
+  --steps_under_way;
   ThreadEntries& own = thread_entries();
   // Gone in a forked child.
   if (own.innermost_step().step < number_) return;
@@ -61,7 +73,7 @@ std::uint64_t Step::number(const void* variables) {
 }
 
 bool Step::is_under_way() {
-  return thread_entries().innermost_step().step != 0;
+  return steps_under_way > 0;
 }
 
 ThreadStreams::Saved Step::move_to(const std::shared_ptr<Context>& context) {

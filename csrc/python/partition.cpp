@@ -116,7 +116,7 @@ void bind_records(py::module_& module) {
           [](PartitionLimits self, const py::object& n) {
             const std::size_t count = bytes_from("streams", n);
             if (count == 0 || count > std::numeric_limits<std::uint32_t>::max()) {
-              throw py::value_error("streams must be 1 or more, got " +
+              throw py::value_error("streams must be from 1 to 4294967295, got " +
                                     py::str(n).cast<std::string>());
             }
             self.streams = static_cast<std::uint32_t>(count);

@@ -26,13 +26,13 @@ void pass_gate() {
   ThreadStreams* streams = thread_streams.load(std::memory_order_acquire);
   if (streams == nullptr) return;
   const std::shared_ptr<Context> context = streams->context();
-  if (!context || !context->yields() || Step::is_under_way()) return;
+  if (!context || !context->yields() || Step::is_under_way()) return;  // a replay may be in one
   const StreamId stream = streams->current();
   if (stream != kNoStream) context->gate().pass(stream, run_ahead);
 }
 
 void gate_operators(ThreadStreams& streams, const Context* context) {
-  const bool is_wanted = context != nullptr && context->yields();
+  const bool is_wanted = context != nullptr && context->yields() && !Step::is_under_way();
   if (is_wanted == watching.has_value()) return;
   if (is_wanted) {
     thread_streams.store(&streams, std::memory_order_release);

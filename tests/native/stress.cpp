@@ -30,6 +30,7 @@ thread_local std::int64_t thread_stream = 0;
 
 struct FakeStreams final : ThreadStreams {
   StreamId current() override { return static_cast<StreamId>(thread_stream); }
+  std::shared_ptr<Context> context() override { return nullptr; }
   Saved enter(const std::shared_ptr<Context>& context) override {
     return std::exchange(thread_stream, static_cast<std::int64_t>(context->stream()));
   }
@@ -214,7 +215,7 @@ int main() {
   FakeStreams streams;
   auto manager = Manager::make(std::make_shared<HostDevice>(48 * MiB), &streams, 64 * MiB,
                                std::chrono::milliseconds(2));
-  auto shared = manager->create_context({"shared", 24 * MiB, 0, Tier::burstable, kSessions});
+  auto shared = manager->create_context({"shared", 24 * MiB, 0, Tier::burstable, {}, false, kSessions});
   auto pool = MemoryPool::make(4 * MiB, true, std::make_shared<HostDevice>(12 * MiB));
   std::vector<std::thread> threads;
   for (int index = 0; index < kThreads; ++index) {

@@ -587,7 +587,7 @@ def test_limits_are_copied() -> None:
         ),
         (lambda p: PartitionLimits().memory(-1), ValueError, "memory must be positive"),
         (lambda p: PartitionLimits().memory(1.5), TypeError, "memory must be an int"),
-        (lambda p: PartitionLimits().streams(0), ValueError, "streams must be 1 or more"),
+        (lambda p: PartitionLimits().streams(0), ValueError, "streams must be from 1 to"),
         (lambda p: PartitionConfig(True), TypeError, "total_memory must be an int"),
         (lambda p: p.create_partition("", "", PartitionLimits()), ValueError, "needs an id"),
         (
