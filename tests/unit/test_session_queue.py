@@ -213,7 +213,7 @@ class QueueMachine(RuleBasedStateMachine):
 
 
 TestQueue = QueueMachine.TestCase
-TestQueue.settings = settings(max_examples=400, stateful_step_count=30)
+TestQueue.settings = settings(max_examples=200, stateful_step_count=30)
 
 
 @pytest.mark.parametrize("needs_both_first", [True, False])
