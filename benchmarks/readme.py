@@ -130,6 +130,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "borders": borders_table,
     "session": session_table,
     "evict": evict_table,
+    "qos": qos_table,
 }
 
 

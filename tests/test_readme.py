@@ -4,7 +4,8 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks.picture import RESULTS, drawn
+from benchmarks import picture, qos_picture
+from benchmarks.picture import RESULTS
 from benchmarks.readme import filled
 
 ROOT = Path(__file__).parents[1]
@@ -16,9 +17,10 @@ def test_tables_are_those_of_the_committed_results() -> None:
 
 
 def test_pictures_are_those_of_the_committed_results() -> None:
-    report = json.loads((RESULTS / "overlap-h100.json").read_text())
-    picture = (RESULTS / "overlap-h100.svg").read_text()
-    assert drawn(report) == picture, "run: python -m benchmarks.picture"
+    for name, module in (("overlap", picture), ("qos", qos_picture)):
+        report = json.loads((RESULTS / f"{name}-h100.json").read_text())
+        drawn = (RESULTS / f"{name}-h100.svg").read_text()
+        assert module.drawn(report) == drawn, f"run: python -m {module.__name__}"
 
 
 def test_links_lead_somewhere() -> None:
