@@ -91,6 +91,9 @@ Arena::Lane Arena::add_lane(bool upper) {
 
 std::uint32_t Arena::allocate_best_fit(std::uint32_t granules, Lane lane) {
   FreeLists& lists = lanes_[lane];
+  // Else it would be cut from the middle of a large free block, although freed neighbours together
+  // would fit it better. That fragments a range most when the block is large.
+  if (granules >= kMergesFirst) empty_bins(lane);
   auto fit = lists.free.lower_bound({granules, 0});
   if (fit == lists.free.end() && lists.cached_blocks > 0) {
     empty_bins(lane);

@@ -132,6 +132,8 @@ class Arena {
   static constexpr std::uint32_t kBins = kExactBins + (32 - 9) * 16;
   // How many blocks of a shared bin are looked at for one of the exact size.
   static constexpr int kProbes = 8;
+  // Requests from this size on empty the bins before they look for a fit.
+  static constexpr std::uint32_t kMergesFirst = MiB / kGranule;
   static constexpr std::size_t kMostLanes = 1024;
 
   struct FreeLists {
