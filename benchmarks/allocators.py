@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,11 @@ Figures = dict[str, int | str]
 
 def replayed(name: str, folder: Path) -> Figures:
     """Return what ``name`` reserved for every trace, or texts of what failed."""
-    environment = {**os.environ, "PYTORCH_ALLOC_CONF": TORCH.get(name, "")}
+    environment = {
+        key: value for key, value in os.environ.items() if not key.endswith("_ALLOC_CONF")
+    }
+    if TORCH.get(name):
+        environment["PYTORCH_ALLOC_CONF"] = TORCH[name]
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks.allocators", name, str(folder)],
         env=environment,
@@ -51,7 +56,7 @@ def replayed(name: str, folder: Path) -> Figures:
 
 def names() -> list[str]:
     """Return the allocators that there are for the device."""
-    return [OURS, *TORCH, *RMM] if CUDA else [OURS]
+    return [OURS, *(TORCH if CUDA else ()), *(RMM if CUDA and find_spec("rmm") else ())]
 
 
 def _ours(trace: Trace) -> Allocator:
@@ -65,10 +70,11 @@ def _ours(trace: Trace) -> Allocator:
 
 
 class _RmmMemory(TorchMemory):
-    """An RMM resource behind torch's interface, which cannot say what it has reserved."""
+    """An RMM resource behind torch's interface, through which it has no figures to ask or reset."""
 
     def __init__(self, resource: Any, reserved: Callable[[], int]) -> None:
-        super().__init__()
+        torch.cuda.init()
+        self._streams = [torch.cuda.current_stream()]
         import_module("rmm").mr.set_current_device_resource(resource)
         self._reserved = reserved
 
@@ -84,7 +90,7 @@ def _pool(trace: Trace) -> Allocator:
 
 
 def _async(trace: Trace) -> Allocator:
-    runtime = import_module("cuda.bindings").runtime
+    runtime = import_module("cuda.bindings.runtime")
     attributes = runtime.cudaMemPoolAttr
 
     def checked(result: tuple[Any, ...]) -> Any:
@@ -94,7 +100,7 @@ def _async(trace: Trace) -> Allocator:
 
     pool = checked(runtime.cudaDeviceGetDefaultMemPool(0))
     high = attributes.cudaMemPoolAttrReservedMemHigh
-    cuuint64 = import_module("cuda.bindings").driver.cuuint64_t
+    cuuint64 = import_module("cuda.bindings.driver").cuuint64_t
     # As RMM does: nothing is released in between.
     checked(runtime.cudaMemPoolTrimTo(pool, 0))
     checked(

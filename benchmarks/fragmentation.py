@@ -5,6 +5,9 @@ Every trace (``traces``) is replayed on every allocator that there is, each in a
 best native`` the reserved bytes to the fewer of torch's native allocator with and without
 expandable segments. No work runs on the device, so nothing waits for streams.
 
+RMM's allocators are there where it is installed. Its arena reserves all that it is given, which is
+the least of some sizes that suffice.
+
 Without a GPU the traces are replayed on the host device, where there is no other allocator.
 """
 
