@@ -384,7 +384,7 @@ class TorchMemory:
     """
 
     def __init__(self) -> None:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         self._streams = [torch.cuda.current_stream()]

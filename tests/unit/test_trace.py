@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -88,7 +88,7 @@ def test_what_was_there_before_is_not_recorded() -> None:
 
 def test_data_from_python_is_recorded_and_memory_of_others_is_not() -> None:
     with pgk.record("cpu") as recording:
-        kept = torch.tensor([1, 2, 3]), torch.from_numpy(numpy.ones(100))
+        kept = torch.tensor([1, 2, 3]), torch.from_numpy(np.ones(100))
     assert Allocation(24) in recording.trace.events
     assert all(
         event.size < 800 for event in recording.trace.events if isinstance(event, Allocation)
