@@ -77,6 +77,22 @@ def evict_table() -> str:
     return _table(header, rows, report)
 
 
+def fragmentation_table() -> str:
+    """Reserved to live, for every allocator."""
+    report = _report("fragmentation-h100.json")
+    names = list(dict.fromkeys(row["allocator"] for row in report["rows"]))
+    lines: dict[str, dict[str, str]] = {}
+    for row in report["rows"]:
+        cell = "failed" if row["failure"] else f"{row['ratio']:.3f}"
+        lines.setdefault(f"{row['trace']} | {row['live'] / 1024:.2f}", {})[row["allocator"]] = cell
+    header = "| trace | peak live, GiB | " + " | ".join(names) + " |"
+    rows = [
+        f"| {trace} | " + " | ".join(line[name] for name in names) + " |"
+        for trace, line in lines.items()
+    ]
+    return _table(header, rows, report, "peak reserved to peak live")
+
+
 def qos_table() -> str:
     """Latency beside best effort, for every way to share the device."""
     report = _report("qos-h100.json")

@@ -7,6 +7,15 @@ _build_check.check_this_build()
 from pygpukit_torch import errors, native, scheduler  # noqa: E402
 from pygpukit_torch.errors import *  # noqa: E402, F403
 from pygpukit_torch.scheduler import *  # noqa: E402, F403
+from pygpukit_torch.trace import Trace, record  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["errors", "native", "scheduler", *errors.__all__, *scheduler.__all__]
+__all__ = [
+    "Trace",
+    "errors",
+    "native",
+    "record",
+    "scheduler",
+    *errors.__all__,
+    *scheduler.__all__,
+]

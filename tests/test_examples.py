@@ -73,7 +73,7 @@ def test_info() -> None:
     assert re.search(r"^built against +torch 2\.\d+", output, re.MULTILINE)
 
 
-@pytest.mark.parametrize("story", ["alloc", "evict", "session"])
+@pytest.mark.parametrize("story", ["alloc", "evict", "fragmentation", "session"])
 def test_benchmarks(story: str, tmp_path: Path) -> None:
     output = run("-m", "benchmarks", story, "--quick", "--json", str(tmp_path / "result.json"))
     assert story in output

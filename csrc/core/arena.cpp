@@ -91,6 +91,10 @@ Arena::Lane Arena::add_lane(bool upper) {
 
 std::uint32_t Arena::allocate_best_fit(std::uint32_t granules, Lane lane) {
   FreeLists& lists = lanes_[lane];
+  // Else it would be cut from the middle of a large free block, although freed neighbours together
+  // would fit it better. That fragments a range most when the block is large. Small blocks matter
+  // little there, and stay for those who ask for them again.
+  if (granules >= kMergesFirst) empty_bins(lane, kMergedFirst);
   auto fit = lists.free.lower_bound({granules, 0});
   if (fit == lists.free.end() && lists.cached_blocks > 0) {
     empty_bins(lane);
@@ -149,17 +153,22 @@ void Arena::unfence(std::uint32_t start) {
   cache(index);
 }
 
-void Arena::empty_bins(Lane lane) {
+void Arena::empty_bins(Lane lane, std::uint32_t least) {
+  constexpr std::uint32_t kAtOnce = 16;  // most are empty
+  static_assert(kBins % kAtOnce == 0 && kMergedFirst % kAtOnce == 0 && kMergedFirst < kExactBins);
   FreeLists& lists = lanes_[lane];
-  if (lists.cached_blocks == 0) return;
-  for (Index& bin : lists.bins) {
-    for (Index index = std::exchange(bin, 0); index != 0;) {
-      const Index next = blocks_[index].link;
-      make_free(index);
-      index = next;
+  for (std::uint32_t first = least; lists.cached_blocks > 0 && first < kBins; first += kAtOnce) {
+    Index any = 0;
+    for (std::uint32_t i = 0; i < kAtOnce; ++i) any |= lists.bins[first + i];
+    for (std::uint32_t i = 0; any != 0 && i < kAtOnce; ++i) {
+      for (Index index = std::exchange(lists.bins[first + i], 0); index != 0;) {
+        const Index next = blocks_[index].link;
+        make_free(index);
+        --lists.cached_blocks;
+        index = next;
+      }
     }
   }
-  lists.cached_blocks = 0;
 }
 
 // Enters the block into the free index of its lane, merged with its free neighbours there.

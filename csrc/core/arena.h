@@ -133,6 +133,9 @@ class Arena {
   static constexpr std::uint32_t kBins = kExactBins + (32 - 9) * 16;
   // How many blocks of a shared bin are looked at for one of the exact size.
   static constexpr int kProbes = 8;
+  // Requests from the first size on empty the bins from the second on before they look for a fit.
+  static constexpr std::uint32_t kMergesFirst = MiB / kGranule;
+  static constexpr std::uint32_t kMergedFirst = 8 * KiB / kGranule;
   static constexpr std::size_t kMostLanes = 1024;
 
   struct FreeLists {
@@ -152,7 +155,8 @@ class Arena {
   std::uint32_t hand_out(Index index);
   Block& take_back(std::uint32_t start);
   void cache(Index index);
-  void empty_bins(Lane lane);
+  // Those for blocks of at least `least` granules: 0 or kMergedFirst.
+  void empty_bins(Lane lane, std::uint32_t least = 0);
   void make_free(Index index);
   void merge_hole(Index index);
   void absorb_next(Index index);

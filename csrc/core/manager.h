@@ -225,6 +225,8 @@ class Manager : public std::enable_shared_from_this<Manager> {
   void map_pages(Context& context, Arena::PageRun pages, Arena::Lane lane);
   void give_up_pages(Context& context, std::size_t count, Arena::Lane requester = 0,
                      std::optional<Arena::PageRun> beside = std::nullopt);
+  bool recycle_pages(Context& context, std::uint32_t granules, Arena::Lane lane,
+                     Arena::PageRun plan);
   void unmap_retired(Context& context, Arena::PageRun run);
   void collect_retired(Context& context);
   void collect_all_retired();

@@ -99,10 +99,11 @@ std::uint32_t Manager::obtain(Context& context, std::uint32_t granules, Arena::L
 }
 
 // Makes a request of `granules` succeed, or returns false. What has to give way is taken in the
-// order of what it costs: nothing if there is room, memory of the context's other lanes, its own
-// free pages that the new block cannot use, those of others if the device is short, then all of
-// its own. Others are left alone if that would not help. Pages that work may still use do not
-// come at once: the caller waits for them, without locks, and tries again.
+// order of what it costs: nothing if there is room, or own free pages where that keeps
+// fragmentation down for nothing; memory of the context's other lanes, its own free pages that the
+// new block cannot use, those of others if the device is short, then all of its own. Others are
+// left alone if that would not help. Pages that work may still use do not come at once: the caller
+// waits for them, without locks, and tries again.
 bool Manager::grow(Context& context, std::uint32_t granules, Arena::Lane lane) {
   const Ledger::Account& account = ledger_.account(context.id());
   const std::size_t page = context.page_bytes();
@@ -131,6 +132,9 @@ bool Manager::grow(Context& context, std::uint32_t granules, Arena::Lane lane) {
       context.arena_.release(start);  // for the caller, whose request will hit it
       return true;
     }
+    plan = context.arena_.plan_growth(granules, lane);
+  }
+  if (plan && recycle_pages(context, granules, lane, *plan)) {
     plan = context.arena_.plan_growth(granules, lane);
   }
   if (!plan || !make_room()) {

@@ -17,10 +17,51 @@ using ContextLock = std::lock_guard<SpinLock>;
 // How often who waits for a context in use looks again.
 constexpr std::chrono::microseconds kLookAgain{500};
 
+// What a context may hold beyond the peak of what it used, as a part of that, before its own free
+// pages serve it instead of new ones.
+constexpr std::size_t kSlack = 32;
+
 // Requests made by a handler are not asked about.
 thread_local bool in_pressure_handler = false;
 
 }  // namespace
+
+// Its own free pages ---------------------------------------------------------------------------
+
+// Before a fragmented arena holds more and more, free pages of the lane that the new block cannot
+// use are given up, to be mapped where it can: addresses fragment, pages do not have to. Only where
+// nobody has to wait for that, and not within a base, whose pages are the context's anyway. Lanes
+// keep their own, or two that take turns would pass their pages to and fro.
+bool Manager::recycle_pages(Context& context, std::uint32_t granules, Arena::Lane lane,
+                            Arena::PageRun plan) {
+  Arena& arena = context.arena_;
+  const std::size_t page = context.page_bytes();
+  const std::size_t peak = std::max(arena.peak_bytes(), arena.used_bytes() + granules * kGranule);
+  const std::size_t kept = std::max(peak + peak / kSlack, ledger_.account(context.id()).base);
+  const std::size_t limit = (kept + page - 1) / page;
+  const std::size_t before = arena.resident_pages();
+  if (before + plan.count <= limit || context.evicted_pages_ > 0) return false;
+  try {
+    const StreamId stream = context.lanes_[lane];
+    if (stream != kNoStream && (device_->is_capturing(stream) || !device_->is_idle(stream))) {
+      return false;
+    }
+  } catch (const Error& error) {
+    device_said_ = error.what();
+    return false;
+  }
+  std::size_t excess = std::min<std::size_t>(before + plan.count - limit, plan.count);
+  for (Arena::FreeRun run : arena.free_runs(plan)) {
+    if (excess == 0) break;
+    if (run.lane != lane) continue;
+    const auto count = static_cast<std::uint32_t>(std::min<std::size_t>(run.pages.count, excess));
+    run.pages = {run.pages.first + run.pages.count - count, count};
+    arena.retire(run);
+    unmap_retired(context, run.pages);
+    excess -= count;
+  }
+  return arena.resident_pages() < before;
+}
 
 // Asking -----------------------------------------------------------------------------------------
 

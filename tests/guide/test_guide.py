@@ -291,6 +291,24 @@ def test_background_work_that_waits() -> None:
     assert torch.equal(names["result"], torch.full((3,), 2.0))
 
 
+def test_recording_allocations(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Linear(1000, 1000)
+
+    def train_step() -> None:
+        model(torch.ones(8, 1000)).sum().backward()
+
+    names = run("Recording allocations", train_step=train_step)
+    trace = names["trace"]
+    assert trace == names["recording"].trace
+    assert 4 * 1000 * 1000 < trace.peak_live_bytes < 5 * 1000 * 1000
+    # Pages of the budget given are of 16 MiB.
+    ratio = 16 * MB / trace.peak_live_bytes
+    assert f"{len(trace)} events, reserved {ratio:.2f} times" in capsys.readouterr().out
+
+
 def test_every_snippet_of_the_guide_is_tested() -> None:
     chapters = re.findall(r"^## (.*)\n(?:(?!^## ).*\n)*?```python", GUIDE, re.MULTILINE)
     tests = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}

@@ -125,6 +125,19 @@ def test_a_freed_block_serves_the_next_request_of_its_size(granules: int) -> Non
     assert arena.allocate(granules) == start
 
 
+def test_a_large_request_merges_what_is_cached_before_it_cuts_a_free_block() -> None:
+    mib = (1 << 20) // GRANULE
+    arena = native.Arena(32 << 20, 1)
+    arena.add_pages(0, 1)
+    blocks = [arena.allocate(mib) for _ in range(4)]
+    guard = arena.allocate(1)
+    for block in blocks:
+        arena.release(block)
+    assert arena.allocate(3 * mib) == 0, "it fits where the four were, not where 27 MiB are left"
+    assert arena.allocate(mib) == 3 * mib
+    arena.release(guard)
+
+
 def test_growth_takes_the_fewest_pages() -> None:
     arena = native.Arena(4 * GRANULE, 16)
     arena.add_pages(0, 1)

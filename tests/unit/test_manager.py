@@ -129,6 +129,51 @@ def test_a_budget_that_is_fragmented_over_pages_is_used_again(fixture: Fixture) 
     fixture.manager.check_invariants()
 
 
+def fragmented(context: native.Context) -> None:
+    """Sixteen pages, every other one free."""
+    blocks = [context.allocate(PAGE) for _ in range(16)]
+    for block in blocks[::2]:
+        context.free(block)
+
+
+def test_own_free_pages_come_before_new_ones(fixture: Fixture) -> None:
+    context = fixture.create("a", 64 * MB)
+    fragmented(context)
+    block = context.allocate(5 * PAGE)
+    ctypes.memset(block, 7, 5 * PAGE)
+    # A 32nd more than its peak may be held, in whole pages.
+    assert (fixture.resident(context), context.counters.pages_unmapped) == (17 * PAGE, 4)
+    context.allocate(3 * PAGE)
+    assert (fixture.resident(context), context.counters.pages_unmapped) == (17 * PAGE, 7)
+    context.allocate(2 * PAGE)  # more than was ever used
+    assert fixture.resident(context) == 19 * PAGE
+    fixture.manager.check_invariants()
+
+
+def test_nobody_waits_for_own_free_pages_while_there_are_new_ones(fixture: Fixture) -> None:
+    context = fixture.create("a", 64 * MB)
+    fragmented(context)
+    fixture.device.hold(context.stream)
+    context.allocate(5 * PAGE)
+    assert (fixture.resident(context), context.counters.pages_unmapped) == (21 * PAGE, 0)
+    fixture.device.let_go(context.stream)
+
+
+def test_pages_of_a_base_stay_where_they_are(fixture: Fixture) -> None:
+    context = fixture.create("a", 64 * MB, 21 * PAGE)
+    fragmented(context)
+    context.allocate(5 * PAGE)
+    assert (fixture.resident(context), context.counters.pages_unmapped) == (21 * PAGE, 0)
+
+
+def test_streams_that_take_turns_keep_their_pages(fixture: Fixture) -> None:
+    context = fixture.create("a", 64 * MB)
+    side = fixture.device.create_stream()
+    for stream in (context.stream, side) * 3:
+        context.free(context.allocate(5 * PAGE, stream))
+    assert (fixture.resident(context), context.counters.pages_unmapped) == (10 * PAGE, 0)
+
+
 def test_what_is_left_over_is_told_when_it_cannot_be_used(fixture: Fixture) -> None:
     context = fixture.create("a", 8 * MB)
     blocks = [context.allocate(MB) for _ in range(8)]

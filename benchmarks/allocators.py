@@ -1,0 +1,163 @@
+"""The allocators of the fragmentation story, each in a process of its own.
+
+``python -m benchmarks.allocators NAME FOLDER`` replays the traces of a folder and prints, by the
+names of their files, the bytes that were reserved at most, or why it did not work.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pygpukit_torch import MB, native
+from pygpukit_torch.trace import Allocator, ContextMemory, TorchMemory, Trace
+
+CUDA = torch.cuda.is_available()
+
+OURS, NATIVE, EXPANDABLE = "pygpukit", "torch native", "torch expandable segments"
+# What the environment of each says to torch.
+TORCH = {
+    NATIVE: "",
+    EXPANDABLE: "expandable_segments:True",
+    "torch cudaMallocAsync": "backend:cudaMallocAsync",
+}
+
+Figures = dict[str, int | str]
+
+
+def replayed(name: str, folder: Path) -> Figures:
+    """Return what ``name`` reserved for every trace, or texts of what failed."""
+    environment = {
+        key: value for key, value in os.environ.items() if not key.endswith("_ALLOC_CONF")
+    }
+    if TORCH.get(name):
+        environment["PYTORCH_ALLOC_CONF"] = TORCH[name]
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.allocators", name, str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode:
+        said = (result.stderr.strip() or "nothing").splitlines()[-1]
+        failure = f"ended with {result.returncode}: {said}"
+        return {path.stem: failure for path in folder.iterdir()}
+    figures: Figures = json.loads(result.stdout.splitlines()[-1])
+    return figures
+
+
+def names() -> list[str]:
+    """Return the allocators that there are for the device."""
+    return [OURS, *(TORCH if CUDA else ()), *(RMM if CUDA and find_spec("rmm") else ())]
+
+
+def _ours(trace: Trace) -> Allocator:
+    # A generous budget, as one would give it: the pages are of the size that comes with it.
+    budget = -(-2 * trace.peak_live_bytes // (64 * MB)) * 64 * MB
+    device = native.CudaDevice() if CUDA else native.HostDevice(budget)
+    return ContextMemory(device, budget)
+
+
+# RMM --------------------------------------------------------------------------------------------
+
+
+class _RmmMemory(TorchMemory):
+    """An RMM resource behind torch's interface, through which it has no figures to ask or reset."""
+
+    def __init__(self, resource: Any, reserved: Callable[[], int]) -> None:
+        torch.cuda.init()
+        self._streams = [torch.cuda.current_stream()]
+        import_module("rmm").mr.set_current_device_resource(resource)
+        self._reserved = reserved
+
+    def peak_reserved_bytes(self) -> int:
+        return self._reserved()
+
+
+def _pool(trace: Trace) -> Allocator:
+    mr = import_module("rmm").mr
+    upstream = mr.StatisticsResourceAdaptor(mr.CudaMemoryResource())
+    pool = mr.PoolMemoryResource(upstream, initial_pool_size=0)
+    return _RmmMemory(pool, lambda: upstream.allocation_counts.peak_bytes)
+
+
+def _async(trace: Trace) -> Allocator:
+    runtime = import_module("cuda.bindings.runtime")
+    attributes = runtime.cudaMemPoolAttr
+
+    def checked(result: tuple[Any, ...]) -> Any:
+        if int(result[0]):
+            raise RuntimeError(f"the CUDA runtime said {result[0]!r}")
+        return result[-1]
+
+    pool = checked(runtime.cudaDeviceGetDefaultMemPool(0))
+    high = attributes.cudaMemPoolAttrReservedMemHigh
+    cuuint64 = import_module("cuda.bindings.driver").cuuint64_t
+    # As RMM does: nothing is released in between.
+    checked(runtime.cudaMemPoolTrimTo(pool, 0))
+    checked(
+        runtime.cudaMemPoolSetAttribute(
+            pool, attributes.cudaMemPoolAttrReleaseThreshold, cuuint64(2**63)
+        )
+    )
+    checked(runtime.cudaMemPoolSetAttribute(pool, high, cuuint64(0)))
+    resource = import_module("rmm").mr.CudaAsyncViewMemoryResource(pool)
+    return _RmmMemory(resource, lambda: int(checked(runtime.cudaMemPoolGetAttribute(pool, high))))
+
+
+def _smallest_arena(trace: Trace) -> int:
+    """Return how large RMM's arena has to be: it is reserved as a whole, and does not grow."""
+    mr = import_module("rmm").mr
+    for percent in (102, 105, 110, 115, 120, 130, 140, 160, 200, 250):
+        size = trace.peak_live_bytes * percent // 100 // 256 * 256
+        try:
+            arena = mr.ArenaMemoryResource(mr.CudaMemoryResource(), arena_size=size)
+            return trace.replay(_RmmMemory(arena, lambda size=size: size)).peak_reserved_bytes
+        except (RuntimeError, MemoryError) as error:
+            if "memory" not in str(error):
+                raise
+    raise MemoryError("an arena of 2.5 times the peak is too small")
+
+
+RMM: dict[str, Callable[[Trace], Allocator] | None] = {
+    "RMM pool": _pool,
+    "RMM async": _async,
+    "RMM arena": None,  # see _smallest_arena
+}
+
+
+def _reserved(name: str, trace: Trace) -> int:
+    if name == OURS:
+        return trace.replay(_ours(trace)).peak_reserved_bytes
+    if name in TORCH:
+        return trace.replay(TorchMemory()).peak_reserved_bytes
+    make = RMM[name]
+    return trace.replay(make(trace)).peak_reserved_bytes if make else _smallest_arena(trace)
+
+
+def _main(name: str, folder: Path) -> Figures:
+    if name in RMM:
+        torch.cuda.memory.change_current_allocator(
+            import_module("rmm.allocators.torch").rmm_torch_allocator
+        )
+    figures: Figures = {}
+    for path in sorted(folder.iterdir()):
+        try:
+            figures[path.stem] = _reserved(name, Trace.load(path))
+        except Exception as error:  # the others are still of interest
+            figures[path.stem] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return figures
+
+
+if __name__ == "__main__":
+    print(json.dumps(_main(sys.argv[1], Path(sys.argv[2]))), flush=True)
+    # Allocators of others may not survive the end of the interpreter.
+    os._exit(0)
