@@ -21,7 +21,7 @@ PartitionManager::PartitionManager(const PartitionConfig& config,
   const std::size_t capacity = manager->device()->properties().capacity;
   if (config.total_memory == 0 || config.total_memory > capacity) {
     invalid("total_memory of " + format_bytes(config.total_memory) +
-           " is not between one byte and the device's capacity of " + format_bytes(capacity));
+            " is not between one byte and the device's capacity of " + format_bytes(capacity));
   }
   if (!std::isfinite(config.overcommit_ratio) || config.overcommit_ratio < 1) {
     invalid("overcommit_ratio must be 1 or more, got " + std::to_string(config.overcommit_ratio));
