@@ -107,11 +107,16 @@ def test_evicted_memory_is_the_childs_own_too(context: pgk.ExecutionContext) -> 
 def test_forking_while_pages_move(context: pgk.ExecutionContext) -> None:
     with pgk.context_session(context):
         tensor = torch.arange(10 * MB // 4)
-    stop = threading.Event()
+    stop, may_move = threading.Event(), threading.Event()
+    may_move.set()
+    # What a child reads the parent must leave alone: from the fork on nothing is moved twice.
+    os.register_at_fork(after_in_parent=may_move.clear)
 
     def move() -> None:
         while not stop.is_set():
+            may_move.wait()
             context.evict()
+            may_move.wait()
             context.restore()
 
     thread = threading.Thread(target=move, daemon=True)
@@ -119,8 +124,10 @@ def test_forking_while_pages_move(context: pgk.ExecutionContext) -> None:
     try:
         for _ in range(10):
             assert in_child(lambda: int(tensor[-1]) + int(tensor[0])) == tensor.numel() - 1
+            may_move.set()
     finally:
         stop.set()
+        may_move.set()
         thread.join()
     assert torch.equal(tensor, torch.arange(10 * MB // 4))
 
