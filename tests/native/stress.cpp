@@ -215,7 +215,8 @@ int main() {
   FakeStreams streams;
   auto manager = Manager::make(std::make_shared<HostDevice>(48 * MiB), &streams, 64 * MiB,
                                std::chrono::milliseconds(2));
-  auto shared = manager->create_context({"shared", 24 * MiB, 0, Tier::burstable, {}, false, kSessions});
+  auto shared =
+      manager->create_context({"shared", 24 * MiB, 0, Tier::burstable, {}, false, kSessions});
   auto pool = MemoryPool::make(4 * MiB, true, std::make_shared<HostDevice>(12 * MiB));
   std::vector<std::thread> threads;
   for (int index = 0; index < kThreads; ++index) {
