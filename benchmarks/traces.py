@@ -15,7 +15,8 @@ from transformers import BertConfig, BertForMaskedLM, DynamicCache, LlamaForCaus
 
 from benchmarks.generate import llama_config
 from pygpukit_torch import KB, MB
-from pygpukit_torch.trace import Allocation, Event, Free, Trace, record
+from pygpukit_torch.recording import record
+from pygpukit_torch.trace import Allocation, Event, Free, Trace
 
 Step = Callable[[], None]
 

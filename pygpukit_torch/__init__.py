@@ -6,8 +6,9 @@ _build_check.check_this_build()
 
 from pygpukit_torch import errors, native, scheduler  # noqa: E402
 from pygpukit_torch.errors import *  # noqa: E402, F403
+from pygpukit_torch.recording import record  # noqa: E402
 from pygpukit_torch.scheduler import *  # noqa: E402, F403
-from pygpukit_torch.trace import Trace, record  # noqa: E402
+from pygpukit_torch.trace import Trace  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [

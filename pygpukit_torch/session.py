@@ -2,18 +2,17 @@
 
 import asyncio
 import contextvars
-import inspect
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from functools import partial, wraps
 from types import FrameType, TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from pygpukit_torch import event_loop, native
+from pygpukit_torch.decorators import decorated
 from pygpukit_torch.errors import SessionError
 from pygpukit_torch.streams import ContextEvent, ContextStream, completion_of
 
@@ -329,15 +328,7 @@ class ContextSession(native.BoundSession):
         """
         if not callable(fn):
             raise TypeError(f"a session decorates callables, got {type(fn).__name__} {fn!r}")
-        around: Any = _around_function
-        if inspect.iscoroutinefunction(fn):
-            around = _around_coroutine
-        elif inspect.isgeneratorfunction(fn):
-            around = _around_generator
-        elif inspect.isasyncgenfunction(fn):
-            around = _around_async_generator
-        decorated: Callable[P, R] = around(self, fn)
-        return decorated
+        return decorated(self, fn)
 
     def __repr__(self) -> str:
         return f"<ContextSession of {self.context.name!r}>"
@@ -346,79 +337,3 @@ class ContextSession(native.BoundSession):
 def _lasting(frame: FrameType) -> int:
     # contextlib's exit stacks enter and exit from different ones.
     return 0 if frame.f_globals.get("__name__") == "contextlib" else id(frame)
-
-
-def _around_coroutine(session: ContextSession, fn: Any) -> Any:
-    @wraps(fn)
-    async def call(*args: Any, **kwargs: Any) -> Any:
-        async with session:
-            return await fn(*args, **kwargs)
-
-    return call
-
-
-def _around_function(session: ContextSession, fn: Any) -> Any:
-    @wraps(fn)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with session:
-            result = fn(*args, **kwargs)
-        # What has only been made so far must run in the session, too.
-        if inspect.iscoroutine(result):
-            return _around_coroutine(session, lambda: result)()
-        if inspect.isgenerator(result):
-            return _around_generator(session, lambda: result)()
-        if inspect.isasyncgen(result):
-            return _around_async_generator(session, lambda: result)()
-        return result
-
-    return call
-
-
-def _around_generator(session: ContextSession, fn: Any) -> Any:
-    @wraps(fn)
-    def generate(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-        generator = fn(*args, **kwargs)
-        advance: Callable[[], Any] = partial(next, generator)
-        while True:
-            with session:
-                try:
-                    value = advance()
-                except StopIteration as end:
-                    return end.value
-            try:
-                sent = yield value
-            except GeneratorExit:
-                with session:
-                    generator.close()
-                raise
-            except BaseException as error:
-                advance = partial(generator.throw, error)
-            else:
-                advance = partial(generator.send, sent)
-
-    return generate
-
-
-def _around_async_generator(session: ContextSession, fn: Any) -> Any:
-    @wraps(fn)
-    async def generate(*args: Any, **kwargs: Any) -> Any:
-        generator = fn(*args, **kwargs)
-        advance: Callable[[], Any] = generator.__anext__
-        while True:
-            async with session:
-                try:
-                    value = await advance()
-                except StopAsyncIteration:
-                    return
-            try:
-                sent = yield value
-            except GeneratorExit:
-                async with session:
-                    await generator.aclose()
-                raise
-            except BaseException as error:
-                advance = partial(generator.athrow, error)
-            else:
-                advance = partial(generator.asend, sent)
-
-    return generate

@@ -31,16 +31,13 @@ class ComputeGate {
 
   // What one thread has submitted and the device not done; its alone.
   class RunAhead {
-   public:
-    // Waits until the device is near enough.
-    void limit(Device& device, StreamId stream);
-
-   private:
     friend class ComputeGate;
     struct Mark {
       EventId event = 0;
       Clock::time_point submitted;  // when what it marks the end of was about to be submitted
     };
+    // Waits until the device is near enough.
+    void limit(Device& device, StreamId stream);
     void adapt(Clock::duration took);
 
     StreamId stream_ = 0;

@@ -123,13 +123,13 @@ std::shared_ptr<Context> Manager::create_context(const ContextSpec& spec) {
   std::shared_ptr<Partition> partition;
   until_settled([&]() -> std::optional<EventId> {
     require_possible();
-    partition = find_partition(spec.partition);
+    if (!spec.partition.empty()) partition = find_partition(partitions_, spec.partition);
     refresh_outside();
     return make_room_for_base(spec.base, partition ? partition->account : Ledger::kDevice, nullptr);
   });
   const std::lock_guard lock(mutex_);
   require_possible();  // again: others may have come in between
-  partition = find_partition(spec.partition);
+  if (!spec.partition.empty()) partition = find_partition(partitions_, spec.partition);
   device_said_.clear();
   collect_orphans();
   refresh_outside();

@@ -123,8 +123,7 @@ class Manager : public std::enable_shared_from_this<Manager> {
                                               const PartitionLimits& limits);
   void remove_partition(const std::shared_ptr<Partition>& partition);
   void abandon_partitions(const std::weak_ptr<const PartitionConfig>& config);
-  std::vector<std::shared_ptr<Partition>> partitions(
-      const std::shared_ptr<const PartitionConfig>& config) const;
+  Partitions partitions(const std::shared_ptr<const PartitionConfig>& config) const;
   // Null takes it out of its partition. Throws ErrorCode::busy while it has open sessions,
   // ::admission or ::invalid_value if it does not fit; nothing has changed then.
   void assign(Context& context, const std::shared_ptr<Partition>& partition);
@@ -282,7 +281,6 @@ class Manager : public std::enable_shared_from_this<Manager> {
                                    ErrorCode code = ErrorCode::out_of_memory);
 
   // Partitions: with the manager's lock.
-  std::shared_ptr<Partition> find_partition(const std::string& id) const;
   std::vector<std::string> members(const Partition& partition) const;
   void close_partition(Partition& partition);
   void release(const std::shared_ptr<Partition>& partition);
@@ -309,7 +307,7 @@ class Manager : public std::enable_shared_from_this<Manager> {
   HostPool host_pool_;
   const std::shared_ptr<ComputeGate> compute_gate_;
   ProcessorShares shares_;
-  std::vector<std::shared_ptr<Partition>> partitions_;
+  Partitions partitions_;
   const std::chrono::nanoseconds claim_timeout_;
   std::shared_ptr<PressureHandler> pressure_handler_;
   std::size_t stopped_contexts_ = 0;

@@ -1,6 +1,5 @@
 // The manager's eighth part: partitions, and the streams that contexts have in them.
 #include <algorithm>
-#include <cmath>
 #include <utility>
 
 #include "core/blocking.h"
@@ -12,15 +11,6 @@ namespace pgk {
 namespace {
 
 using ContextLock = std::lock_guard<SpinLock>;
-
-void check_share(const char* name, const std::optional<double>& share) {
-  // Not a number compares false.
-  if (share && !(*share > 0 && *share <= 1)) {
-    throw Error(ErrorCode::invalid_value, std::string("a share of ") + name +
-                                              " is above 0 and at most 1, got " +
-                                              std::to_string(*share));
-  }
-}
 
 bool is_of(const Partition& partition, const std::weak_ptr<const PartitionConfig>& config) {
   return !partition.config.owner_before(config) && !config.owner_before(partition.config);
@@ -36,15 +26,10 @@ std::shared_ptr<Partition> Manager::create_partition(
   const std::string refused = "partition '" + id + "': ";
   const std::size_t granularity = device_->properties().granularity;
   if (id.empty()) throw Error(ErrorCode::invalid_value, "a partition needs an id");
-  check_share("compute", limits.compute);
-  check_share("bandwidth", limits.bandwidth);
   if (limits.memory && *limits.memory < granularity) {
     throw Error(ErrorCode::invalid_value,
                 refused + "a memory limit of " + format_bytes(*limits.memory) +
                     " is less than one page of " + format_bytes(granularity));
-  }
-  if (limits.streams && *limits.streams == 0) {
-    throw Error(ErrorCode::invalid_value, refused + "a limit of 0 streams lets no session in");
   }
   const Blocking blocking;
   const std::lock_guard lock(mutex_);
@@ -134,24 +119,12 @@ void Manager::abandon_partitions(const std::weak_ptr<const PartitionConfig>& con
   if (removed > 0) confine_all();
 }
 
-std::vector<std::shared_ptr<Partition>> Manager::partitions(
-    const std::shared_ptr<const PartitionConfig>& config) const {
+Partitions Manager::partitions(const std::shared_ptr<const PartitionConfig>& config) const {
   const std::lock_guard lock(mutex_);
-  std::vector<std::shared_ptr<Partition>> found;
+  Partitions found;
   std::copy_if(partitions_.begin(), partitions_.end(), std::back_inserter(found),
                [&](const auto& partition) { return is_of(*partition, config); });
   return found;
-}
-
-std::shared_ptr<Partition> Manager::find_partition(const std::string& id) const {
-  if (id.empty()) return nullptr;
-  std::string known;
-  for (const auto& partition : partitions_) {
-    if (partition->id == id) return partition;
-    known += (known.empty() ? "'" : ", '") + partition->id + "'";
-  }
-  throw Error(ErrorCode::invalid_value,
-              "unknown partition '" + id + "'; there are: " + (known.empty() ? "none" : known));
 }
 
 PartitionUsage Manager::partition_usage(const Partition& partition) const {

@@ -15,6 +15,15 @@ namespace {
 
 }  // namespace
 
+std::shared_ptr<Partition> find_partition(const Partitions& partitions, const std::string& id) {
+  std::string known;
+  for (const auto& partition : partitions) {
+    if (partition->id == id) return partition;
+    known += (known.empty() ? "'" : ", '") + partition->id + "'";
+  }
+  invalid("unknown partition '" + id + "'; there are: " + (known.empty() ? "none" : known));
+}
+
 PartitionManager::PartitionManager(const PartitionConfig& config,
                                    const std::shared_ptr<Manager>& manager)
     : config_(std::make_shared<const PartitionConfig>(config)), manager_(manager) {
@@ -46,17 +55,12 @@ std::shared_ptr<Partition> PartitionManager::create(const std::string& id, const
   return manager()->create_partition(config_, id, name, limits);
 }
 
-std::vector<std::shared_ptr<Partition>> PartitionManager::partitions() const {
+Partitions PartitionManager::partitions() const {
   return manager()->partitions(config_);
 }
 
 std::shared_ptr<Partition> PartitionManager::get(const std::string& id) const {
-  std::string known;
-  for (const auto& partition : partitions()) {
-    if (partition->id == id) return partition;
-    known += (known.empty() ? "'" : ", '") + partition->id + "'";
-  }
-  invalid("unknown partition '" + id + "'; there are: " + (known.empty() ? "none" : known));
+  return find_partition(partitions(), id);
 }
 
 void PartitionManager::remove(const std::string& id) {

@@ -18,6 +18,7 @@ namespace pgk {
 class Context;
 class Manager;
 
+// Shares are above 0 and at most 1; who makes the limits sees to that.
 struct PartitionLimits {
   std::optional<std::size_t> memory;     // bytes of the device that its contexts hold at a time
   std::optional<double> compute;         // share of the processors
@@ -52,6 +53,11 @@ struct Partition {
   std::optional<ProcessorShares::Id> share;
 };
 
+using Partitions = std::vector<std::shared_ptr<Partition>>;
+
+// Throws ErrorCode::invalid_value, with the ids that there are, if none has this one.
+std::shared_ptr<Partition> find_partition(const Partitions& partitions, const std::string& id);
+
 // Bytes throughout.
 struct PartitionUsage {
   std::size_t used = 0;
@@ -83,7 +89,7 @@ class PartitionManager {
   void assign(Context& context, const std::optional<std::string>& id);
   std::shared_ptr<Partition> get(const std::string& id) const;
   // In the order of their creation.
-  std::vector<std::shared_ptr<Partition>> partitions() const;
+  Partitions partitions() const;
 
   const PartitionConfig& config() const { return *config_; }
   // Throws ErrorCode::invalid_value if it was shut down.
