@@ -51,7 +51,7 @@ def cuda_headers() -> str:
 
 sources = sorted(glob("csrc/*/*.cpp"))
 system_headers = include_paths()
-flags = ["-std=c++20", "-O3", "-g1"]
+flags = ["-std=c++20", "-O3", "-g1", "-fvisibility=hidden"]
 libraries = []
 if torch.version.cuda:
     system_headers.append(cuda_headers())

@@ -7,6 +7,7 @@
 #include "core/address_table.h"
 #include "core/error.h"
 #include "core/session.h"
+#include "torch/memory_profiling.h"
 
 namespace pgk {
 namespace {
@@ -14,18 +15,12 @@ namespace {
 c10::Allocator* stock = nullptr;
 c10::DeleterFnPtr stock_delete = nullptr;
 
-void report(const Context& owner, void* pointer, std::int64_t bytes) {
-  c10::reportMemoryUsageToProfiler(pointer, bytes, owner.used_bytes(), owner.resident_bytes(),
-                                   c10::Device(c10::DeviceType::CPU));
-}
-
 // The one deleter of every pointer that leaves the allocator, so that raw_deleter() is true of
 // all of them: the address tells whose it is.
 void delete_block(void* pointer) {
   if (Context* owner = AddressTable::owner_of(pointer)) {
-    if (c10::memoryProfilingEnabled()) [[unlikely]] {
-      report(*owner, pointer, -static_cast<std::int64_t>(owner->block_bytes(pointer)));
-    }
+    if (profiler_sees_free()) [[unlikely]]
+      tell_profiler(*owner, pointer, /*allocated=*/false, c10::kCPU);
     owner->free(pointer);
   } else {
     stock_delete(pointer);
@@ -48,10 +43,9 @@ class CpuAllocator final : public c10::Allocator {
       TORCH_CHECK_WITH(OutOfMemoryError, error.code() != ErrorCode::out_of_memory, error.what());
       throw;
     }
-    if (c10::memoryProfilingEnabled()) [[unlikely]] {
-      report(*context, pointer, static_cast<std::int64_t>(context->block_bytes(pointer)));
-    }
-    return {pointer, pointer, &delete_block, c10::Device(c10::DeviceType::CPU)};
+    if (profiler_sees_allocation()) [[unlikely]]
+      tell_profiler(*context, pointer, /*allocated=*/true, c10::kCPU);
+    return {pointer, pointer, &delete_block, c10::kCPU};
   }
 
   c10::DeleterFnPtr raw_deleter() const override { return &delete_block; }
