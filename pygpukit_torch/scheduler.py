@@ -268,7 +268,7 @@ def get_available_vram() -> int:
     The capacity, or what of it the device still has beside memory outside of contexts, less, for
     every context, the larger of its base and the pages in which its live tensors lie.
     """
-    return _runtime.get_or_initialize().manager.device_usage().available
+    return _runtime.get_or_initialize().manager.available()
 
 
 def get_context_usage(context: ExecutionContext) -> ContextUsage:

@@ -34,6 +34,18 @@ std::size_t less(std::size_t a, std::size_t b) {
 
 // Partitions -------------------------------------------------------------------------------------
 
+std::size_t Ledger::Partition::committed() const {
+  std::size_t bytes = 0;
+  for (const Sums& tier : tiers) bytes += tier.committed;
+  return bytes;
+}
+
+std::size_t Ledger::Partition::resident() const {
+  std::size_t bytes = 0;
+  for (const Sums& tier : tiers) bytes += tier.resident;
+  return bytes;
+}
+
 const Ledger::Partition& Ledger::find_partition(PartitionId id) const {
   const auto it = partitions_.find(id);
   if (it == partitions_.end()) {
@@ -61,11 +73,11 @@ std::size_t Ledger::limit(PartitionId id) const {
 }
 
 std::size_t Ledger::uncommitted(PartitionId id) const {
-  return less(limit(id), find_partition(id).committed);
+  return less(limit(id), find_partition(id).committed());
 }
 
 std::size_t Ledger::lent(PartitionId id) const {
-  return less(find_partition(id).committed, limit(id));
+  return less(find_partition(id).committed(), limit(id));
 }
 
 void Ledger::require_within(PartitionId id, std::size_t max) const {
@@ -103,12 +115,16 @@ const Ledger::Account& Ledger::account(Id id) const {
 
 // Adds what an account is to the sums, `sign` times, modulo the size of a word.
 void Ledger::count(const Account& account, std::size_t sign) {
+  const auto tier = static_cast<std::size_t>(account.tier);
+  const auto count_in = [&](Partition& partition) {
+    partition.tiers[tier].committed += sign * account.committed();
+    partition.tiers[tier].resident += sign * account.resident;
+    partition.budgets += sign * account.max;
+  };
+  count_in(partitions_.at(kDevice));
+  if (account.partition != kDevice) count_in(partitions_.at(account.partition));
+  unfilled_[tier][account.page] += sign * account.unfilled(account.base);
   evicted_ += sign * account.evicted;
-  for (auto& [id, partition] : partitions_) {
-    if (id != kDevice && id != account.partition) continue;
-    partition.committed += sign * account.committed();
-    partition.resident += sign * account.resident;
-  }
 }
 
 void Ledger::replace(Account& account, const Account& changed) {
@@ -117,10 +133,11 @@ void Ledger::replace(Account& account, const Account& changed) {
   account = changed;
 }
 
-Ledger::Id Ledger::open(std::size_t max, std::size_t base, Tier tier, PartitionId partition) {
+Ledger::Id Ledger::open(std::size_t max, std::size_t base, Tier tier, PartitionId partition,
+                        std::size_t page) {
   check_limits(max, base);
   require_within(partition, max);
-  const Account account{max, base, tier, partition, 0, 0};
+  const Account account{max, base, tier, partition, page, 0, 0};
   for (const PartitionId id : {kDevice, partition}) {
     require_admission(id, account, base, uncommitted(id));
   }
@@ -156,7 +173,7 @@ void Ledger::resize(Id id, std::size_t max, std::size_t base) {
   for (const PartitionId partition : {kDevice, account.partition}) {
     // What is lent out may be less than what is given up here, and still more than there is.
     if (changed.committed() <= account.committed()) break;
-    const std::size_t others = find_partition(partition).committed - account.committed();
+    const std::size_t others = find_partition(partition).committed() - account.committed();
     const std::size_t spare = less(limit(partition), others);
     if (changed.committed() > spare) require_admission(partition, changed, base, spare);
   }
@@ -181,9 +198,11 @@ void Ledger::assign(Id id, PartitionId partition) {
 
 std::size_t Ledger::taken_from(Id id, PartitionId partition) const {
   const Account& account = this->account(id);
-  std::size_t taken = account.resident;
-  for (const auto& [other, held] : accounts_) {
-    if (other != id && is_in(other, partition)) taken += guarded(held, account.tier);
+  const auto own = static_cast<std::size_t>(account.tier);
+  std::size_t taken = account.resident - guarded(account, account.tier);
+  const auto& tiers = find_partition(partition).tiers;
+  for (std::size_t tier = 0; tier < kTiers; ++tier) {
+    taken += tier > own ? tiers[tier].resident : tiers[tier].committed;
   }
   return taken;
 }
@@ -230,11 +249,10 @@ std::size_t Ledger::evictable(bool of_loans) const {
   return less(host_limit_, taken);
 }
 
-std::size_t Ledger::spare(Id holder, Id id) const {
-  const Account& held = account(holder);
-  const Account without{held.max, held.base, held.tier, held.partition, 0, 0};
-  const Tier tier = account(id).tier;
-  return guarded(held, tier) - guarded(without, tier);
+std::size_t Ledger::spare(const Account& holder, Tier tier) {
+  Account without = holder;
+  without.resident = without.evicted = 0;
+  return guarded(holder, tier) - guarded(without, tier);
 }
 
 std::size_t Ledger::room(Id id) const {
@@ -292,10 +310,22 @@ void Ledger::reserve_host(std::size_t bytes) {
   moving_ += bytes;
 }
 
+Ledger::PageCounts Ledger::unfilled(Tier most, std::optional<Id> except) const {
+  PageCounts counts;
+  for (std::size_t tier = 0; tier <= static_cast<std::size_t>(most); ++tier) {
+    for (const auto& [page, count] : unfilled_[tier]) counts[page] += count;
+  }
+  if (except && account(*except).tier <= most) {
+    counts[account(*except).page] -= account(*except).unfilled(account(*except).base);
+  }
+  return counts;
+}
+
 void Ledger::check_partition(PartitionId id, const Partition& partition) const {
   std::size_t accounts = 0;
   std::size_t committed = 0;
   std::size_t resident = 0;
+  std::size_t budgets = 0;
   std::map<Tier, std::size_t> committed_by_tier;
   std::map<Tier, std::size_t> resident_by_tier;
   for (const auto& [other, account] : accounts_) {
@@ -303,18 +333,23 @@ void Ledger::check_partition(PartitionId id, const Partition& partition) const {
     if (id != kDevice && account.partition != id) continue;
     committed += account.committed();
     resident += account.resident;
+    budgets += account.max;
     committed_by_tier[account.tier] += account.committed();
     resident_by_tier[account.tier] += account.resident;
   }
   require(accounts == partition.accounts, "accounts of a partition are counted");
-  require(committed == partition.committed, "committed is the sum of max(base, resident)");
-  require(resident == partition.resident, "resident is the sum over the accounts");
+  require(committed == partition.committed(), "committed is the sum of max(base, resident)");
+  require(resident == partition.resident(), "resident is the sum over the accounts");
+  require(budgets == partition.budgets, "budgets is the sum over the accounts");
   require(resident <= partition.limit, "the sum of resident is within the limit");
   for (const auto& [tier, bytes] : committed_by_tier) {
     std::size_t protected_bytes = bytes;
     for (const auto& [other, held] : resident_by_tier) {
       if (other > tier) protected_bytes += held;
     }
+    const Sums& sums = partition.tiers[static_cast<std::size_t>(tier)];
+    require(sums.committed == bytes && sums.resident == resident_by_tier[tier],
+            "the sums of a tier are those over its accounts");
     require(protected_bytes <= partition.limit,
             "what a tier commits and higher ones hold is within the limit: bases can be claimed");
   }
@@ -322,12 +357,20 @@ void Ledger::check_partition(PartitionId id, const Partition& partition) const {
 
 void Ledger::check_invariants() const {
   std::size_t evicted = 0;
+  std::array<PageCounts, kTiers> unfilled;
   for (const auto& [id, account] : accounts_) {
     require(account.base <= account.max, "base <= max");
     require(account.held() <= account.max, "resident and evicted <= max");
     require(account.partition == kDevice || account.max <= limit(account.partition),
             "max is within the partition's limit");
     evicted += account.evicted;
+    unfilled[static_cast<std::size_t>(account.tier)][account.page] +=
+        account.unfilled(account.base);
+  }
+  for (std::size_t tier = 0; tier < kTiers; ++tier) {
+    for (const auto& [page, count] : unfilled_[tier]) {
+      require(count == unfilled[tier][page], "unfilled pages of bases are counted");
+    }
   }
   std::size_t lent = 0;
   for (const auto& [id, partition] : partitions_) {

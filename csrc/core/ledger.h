@@ -15,9 +15,13 @@
 // one of them does not use of its base is lent to the others.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <optional>
+#include <unordered_map>
 
 #include "core/types.h"
 
@@ -35,15 +39,21 @@ class Ledger {
     std::size_t base = 0;
     Tier tier = Tier::burstable;
     PartitionId partition = kDevice;
+    std::size_t page = 1;  // what it holds comes in pages of so many bytes
     std::size_t resident = 0;
     std::size_t evicted = 0;
     std::size_t committed() const { return base > resident ? base : resident; }
     std::size_t held() const { return resident + evicted; }
+    // Pages of a base that are not held.
+    std::size_t unfilled(std::size_t base) const {
+      return base / page - std::min(base / page, resident / page);
+    }
   };
+  using PageCounts = std::map<std::size_t, std::size_t>;  // by the page's bytes
 
   // Without host memory nothing can be evicted, and so nothing is lent.
   explicit Ledger(std::size_t capacity, std::size_t host_limit = 0)
-      : capacity_(capacity), host_limit_(host_limit), partitions_{{kDevice, {capacity, 0, 0, 0}}} {}
+      : capacity_(capacity), host_limit_(host_limit), partitions_{{kDevice, {capacity, 0, {}}}} {}
 
   // How much of the capacity others than the accounts have taken.
   void set_outside(std::size_t bytes) { outside_ = bytes; }
@@ -54,7 +64,8 @@ class Ledger {
 
   // Throws ErrorCode::admission if `base` does not fit into what is not committed,
   // ErrorCode::invalid_value if `max` is above the partition's limit.
-  Id open(std::size_t max, std::size_t base, Tier tier, PartitionId partition = kDevice);
+  Id open(std::size_t max, std::size_t base, Tier tier, PartitionId partition = kDevice,
+          std::size_t page = 1);
   // The account must hold nothing.
   void close(Id id);
   // Throws ErrorCode::admission as `open` does, ErrorCode::invalid_value if the account already
@@ -90,22 +101,26 @@ class Ledger {
   std::size_t shortage_in_partition(Id id, std::size_t bytes) const;
   // The most that free_for(id) can become while others are evicted.
   std::size_t allowance(Id id) const;
-  // By how much free_for(id) would grow if `holder` gave up all that its base does not keep from
-  // it.
-  std::size_t spare(Id holder, Id id) const;
+  // By how much what is free for an account of the tier would grow if `holder` gave up all that its
+  // base does not keep from it.
+  static std::size_t spare(const Account& holder, Tier tier);
   // Bytes that are neither reserved nor held.
   std::size_t uncommitted(PartitionId partition = kDevice) const;
   // Bytes of bases that others hold.
   std::size_t lent(PartitionId partition = kDevice) const;
+  // The pages of bases that are not held, of accounts of `most` and lower tiers, without `except`.
+  PageCounts unfilled(Tier most = Tier::guaranteed, std::optional<Id> except = std::nullopt) const;
+  // The sum of the budgets.
+  std::size_t budgets(PartitionId partition) const { return find_partition(partition).budgets; }
   // Bytes that can be evicted: what is lent must still find its place, unless it is that.
   std::size_t evictable(bool of_loans) const;
   std::size_t limit(PartitionId partition) const;
   // Whether the account is one of the partition's; all are the device's.
-  bool is_in(Id id, PartitionId partition) const {
-    return partition == kDevice || account(id).partition == partition;
+  static bool is_in(const Account& account, PartitionId partition) {
+    return partition == kDevice || account.partition == partition;
   }
   // What its accounts hold of the device.
-  std::size_t resident(PartitionId partition) const { return find_partition(partition).resident; }
+  std::size_t resident(PartitionId partition) const { return find_partition(partition).resident(); }
   std::size_t evicted() const { return evicted_; }
   std::size_t capacity() const { return capacity_; }
   std::size_t host_limit() const { return host_limit_; }
@@ -116,11 +131,17 @@ class Ledger {
   void check_invariants() const;
 
  private:
-  struct Partition {
-    std::size_t limit = 0;
+  struct Sums {
     std::size_t committed = 0;
     std::size_t resident = 0;
+  };
+  struct Partition {
+    std::size_t limit = 0;
     std::size_t accounts = 0;
+    std::array<Sums, kTiers> tiers;
+    std::size_t budgets = 0;
+    std::size_t committed() const;
+    std::size_t resident() const;
   };
 
   Account& find(Id id);
@@ -141,7 +162,8 @@ class Ledger {
   std::size_t evicted_ = 0;
   std::size_t moving_ = 0;
   Id next_ = 1;
-  std::map<Id, Account> accounts_;
+  std::unordered_map<Id, Account> accounts_;
+  std::array<PageCounts, kTiers> unfilled_;
   PartitionId next_partition_ = kDevice + 1;
   std::map<PartitionId, Partition> partitions_;
 };

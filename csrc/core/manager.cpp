@@ -60,7 +60,7 @@ Manager::~Manager() {
                     std::make_move_iterator(contexts_.end()));
     contexts_.clear();
     collect_orphans();
-    pool_.trim(promised());
+    pool_.trim(ledger_.unfilled());
   }
   for (Context* context : all()) keep_forever(device_, context->shared_from_this());
 }
@@ -136,14 +136,14 @@ std::shared_ptr<Context> Manager::create_context(const ContextSpec& spec) {
 
   const std::string who =
       "context '" + spec.name + "'" + (partition ? " in partition '" + partition->id + "'" : "");
+  const std::size_t page = page_bytes_for(spec.max);
   const auto account = on_behalf_of(who, [&] {
     return ledger_.open(spec.max, spec.base, spec.tier,
-                        partition ? partition->account : Ledger::kDevice);
+                        partition ? partition->account : Ledger::kDevice, page);
   });
   ScopeExit close_account([&] { ledger_.close(account); });
-
-  const std::size_t page = page_bytes_for(spec.max);
-  on_behalf_of(who, [&] { pool_.fill(page, spec.base / page, promised()); });
+  const HandlePool::Keep others = ledger_.unfilled(Tier::guaranteed, account);
+  on_behalf_of(who, [&] { pool_.fill(page, spec.base / page, others); });
 
   const std::size_t segments =
       round_up(kSegmentsPerCapacity * ledger_.capacity(), AddressTable::kUnit);
@@ -274,9 +274,9 @@ void Manager::resize_context(Context& context, std::size_t max, std::size_t base
   on_behalf_of(who, [&] { ledger_.resize(context.id(), max, base); });
   ScopeExit undo([&] { ledger_.resize(context.id(), before.max, before.base); });
   // By now it is promised; what others have lent is not there.
-  const std::size_t added = unfilled_pages(context, base) - unfilled_pages(context, before.base);
+  const std::size_t added = before.unfilled(base) - before.unfilled(before.base);
   if (base > before.base && added > 0) {
-    HandlePool::Keep others = promised();
+    HandlePool::Keep others = ledger_.unfilled();
     others[page] -= added;
     on_behalf_of(who, [&] { pool_.fill(page, added, others); });
   }

@@ -64,7 +64,7 @@ struct DeviceUsage {
   std::size_t capacity = 0;
   std::size_t resident = 0;   // held by contexts, orphans included
   std::size_t pooled = 0;     // physical memory kept for reuse and for reservations
-  std::size_t available = 0;  // the largest guarantee that would be admitted
+  std::size_t available = 0;  // see Manager::available()
   std::size_t host_limit = 0;
   std::size_t host_existing = 0;  // host memory made for evicted pages, and of it
   std::size_t host_taken = 0;     // what holds contents: evicted pages and backups
@@ -139,6 +139,8 @@ class Manager : public std::enable_shared_from_this<Manager> {
   // Throws ErrorCode::context_destroyed if nothing of the context is left.
   Usage usage(const Context& context);
   DeviceUsage device_usage();
+  // The largest guarantee that would be admitted.
+  std::size_t available() const;
   Totals totals() const;
   // All peaks start again from what is used now.
   void reset_peaks();
@@ -184,7 +186,8 @@ class Manager : public std::enable_shared_from_this<Manager> {
   };
   // A context as far as others may want something of it.
   struct Standing {
-    Holder holder;           // with all of its live pages as spare
+    Holder holder;  // with all of its live pages as spare
+    const Ledger::Account* account = nullptr;
     std::size_t cached = 0;  // bytes in pages without live blocks
     bool is_pinned = false;
   };
@@ -239,8 +242,6 @@ class Manager : public std::enable_shared_from_this<Manager> {
   void drop_reservation(Context& context);
   bool dismantle(Context& orphan);
   void collect_orphans();
-  std::size_t unfilled_pages(const Context& context, std::size_t base) const;
-  HandlePool::Keep promised() const;
   void trim_pool();
   HandlePool::Keep promised_to_others(const Context& claimant) const;
   HandlePool::Keep not_lent_to(const Context& claimant) const;
@@ -294,7 +295,7 @@ class Manager : public std::enable_shared_from_this<Manager> {
 
   Usage usage_of(const Context& context, const std::vector<Standing>& standings) const;
   std::size_t protected_bytes(const Context& context) const;
-  std::size_t unprotected_bytes(std::size_t protected_bytes) const;
+  std::size_t unprotected_bytes() const;
   std::vector<Context*> all() const;
   Context* find(std::uint64_t id) const;
 

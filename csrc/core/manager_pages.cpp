@@ -363,30 +363,35 @@ void Manager::reclaim(const std::function<std::size_t()>& missing,
 void Manager::reclaim_for(const Context& context, std::size_t bytes) {
   const Ledger::Id id = context.id();
   const Ledger::PartitionId partition = ledger_.account(id).partition;
-  const auto spare = [&](const Context& other) { return ledger_.spare(other.id(), id); };
-  reclaim(
-      [&] { return ledger_.shortage_in_partition(id, bytes); },
-      [&](const Context& other) { return ledger_.is_in(other.id(), partition) ? spare(other) : 0; },
-      &context);
-  reclaim([&] { return ledger_.shortage(id, bytes); }, spare, &context);
+  const auto spare_within = [&](Ledger::PartitionId within) {
+    return [this, within, tier = context.tier()](const Context& other) {
+      const Ledger::Account& account = ledger_.account(other.id());
+      return Ledger::is_in(account, within) ? Ledger::spare(account, tier) : 0;
+    };
+  };
+  reclaim([&] { return ledger_.shortage_in_partition(id, bytes); }, spare_within(partition),
+          &context);
+  reclaim([&] { return ledger_.shortage(id, bytes); }, spare_within(Ledger::kDevice), &context);
 }
 
 // The same for a reservation, unless it would not suffice.
 void Manager::reclaim_for_base(std::size_t base, Ledger::PartitionId partition,
                                const Context* except) {
   std::size_t reachable = ledger_.uncommitted(partition);
+  if (reachable >= base) return;
+  const auto beyond = [&](const Context& context, std::size_t kept) {
+    const Ledger::Account& account = ledger_.account(context.id());
+    return Ledger::is_in(account, partition) ? account.committed() - std::max(kept, account.base)
+                                             : 0;
+  };
   for (const Context* context : all()) {
-    if (context == except || !ledger_.is_in(context->id(), partition)) continue;
+    if (context == except) continue;
     const ContextLock lock(context->mutex_);
-    reachable += ledger_.account(context->id()).committed() - protected_bytes(*context);
+    reachable += beyond(*context, protected_bytes(*context));
   }
   if (reachable < base) return;
   reclaim([&] { return base - std::min(base, ledger_.uncommitted(partition)); },
-          [&](const Context& context) {
-            const Ledger::Account& account = ledger_.account(context.id());
-            return ledger_.is_in(context.id(), partition) ? account.committed() - account.base : 0;
-          },
-          except);
+          [&](const Context& context) { return beyond(context, 0); }, except);
 }
 
 }  // namespace pgk

@@ -11,45 +11,19 @@ using ContextLock = std::lock_guard<SpinLock>;
 
 }  // namespace
 
-// Of the pages that `base` promises, those that the context does not hold: they are in the pool,
-// unless lent.
-std::size_t Manager::unfilled_pages(const Context& context, std::size_t base) const {
-  const std::size_t pages = base / context.page_bytes();
-  // By the books: pages that are on their way back have their handles already.
-  const std::size_t resident = ledger_.account(context.id()).resident / context.page_bytes();
-  return pages > resident ? pages - resident : 0;
-}
-
-// The handles that bases promise and the contexts do not hold.
-HandlePool::Keep Manager::promised() const {
-  HandlePool::Keep keep;
-  for (const Context* context : all()) {
-    const std::size_t base = ledger_.account(context->id()).base;
-    keep[context->page_bytes()] += unfilled_pages(*context, base);
-  }
-  return keep;
-}
-
+// The handles that bases promise and the contexts do not hold: they are in the pool, unless lent.
 HandlePool::Keep Manager::promised_to_others(const Context& claimant) const {
-  HandlePool::Keep keep = promised();
-  keep[claimant.page_bytes()] -= unfilled_pages(claimant, ledger_.account(claimant.id()).base);
-  return keep;
+  return ledger_.unfilled(Tier::guaranteed, claimant.id());
 }
 
 // Of these, what contexts of the claimant's tier and below must keep from it.
 HandlePool::Keep Manager::not_lent_to(const Context& claimant) const {
-  HandlePool::Keep keep;
-  for (const Context* context : all()) {
-    if (context == &claimant || context->tier() > claimant.tier()) continue;
-    const std::size_t base = ledger_.account(context->id()).base;
-    keep[context->page_bytes()] += unfilled_pages(*context, base);
-  }
-  return keep;
+  return ledger_.unfilled(claimant.tier(), claimant.id());
 }
 
 // Handles of other sizes become what is promised before any is released.
 void Manager::trim_pool() {
-  const HandlePool::Keep keep = promised();
+  const HandlePool::Keep keep = ledger_.unfilled();
   pool_.even_out(keep);
   pool_.trim(keep);
 }
@@ -70,14 +44,9 @@ void Manager::refresh_outside() {
 
 // As much host memory as the contexts could need if all used their budgets.
 void Manager::aim_host_pool() {
-  std::map<Ledger::PartitionId, std::size_t> budgets;
-  for (const auto& context : contexts_) {
-    const Ledger::Account& account = ledger_.account(context->id());
-    budgets[Ledger::kDevice] += account.max;
-    if (account.partition != Ledger::kDevice) budgets[account.partition] += account.max;
-  }
   const auto excess = [&](Ledger::PartitionId id) {
-    return budgets[id] - std::min(budgets[id], ledger_.limit(id));
+    const std::size_t budgets = ledger_.budgets(id);
+    return budgets - std::min(budgets, ledger_.limit(id));
   };
   HostPool::Counts counts;
   for (const auto& context : contexts_) {

@@ -36,6 +36,7 @@ std::vector<Manager::Standing> Manager::standings(const Context* except,
                     .last_use = context->last_use_.load(std::memory_order_relaxed),
                     .spare = (context->device_pages() - idle_pages) * context->page_bytes(),
                     .page = context->page_bytes()},
+         .account = &ledger_.account(context->id()),
          .cached = idle_pages * context->page_bytes(),
          .is_pinned = context->pins_ > 0});
   }
@@ -53,10 +54,10 @@ Manager::Survey Manager::survey(const Context* claimant,
   for (const Standing& standing : standings) {
     Holder holder = standing.holder;
     if (claimant != nullptr && holder.id == claimant->id()) continue;
-    const std::size_t spare = claimant == nullptr ? ledger_.account(holder.id).resident
-                                                  : ledger_.spare(holder.id, claimant->id());
+    const std::size_t spare =
+        claimant == nullptr ? standing.account->resident : Ledger::spare(*standing.account, tier);
     const std::size_t cached = std::min(spare, standing.cached);
-    holder.mate = ledger_.is_in(holder.id, partition);
+    holder.mate = Ledger::is_in(*standing.account, partition);
     survey.cached += cached;
     survey.cached_by_mates += holder.mate ? cached : 0;
     if (standing.is_pinned || (holder.tier > tier && !holder.orphan)) continue;

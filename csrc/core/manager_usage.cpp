@@ -21,12 +21,23 @@ std::size_t Manager::protected_bytes(const Context& context) const {
   return std::max(occupied, ledger_.account(context.id()).base);
 }
 
-// What a new guarantee could have: the capacity less what is protected, as far as the device still
-// has that much beside memory that others hold of it.
-std::size_t Manager::unprotected_bytes(std::size_t protected_bytes) const {
+// The capacity less what is protected, as far as the device still has that much beside memory that
+// others hold of it.
+std::size_t Manager::unprotected_bytes() const {
+  std::size_t taken = 0;
+  for (const Context* context : all()) {
+    const ContextLock lock(context->mutex_);
+    taken += protected_bytes(*context);
+  }
   const std::size_t obtainable =
       std::min(ledger_.capacity(), pool_.existing_bytes() + device_->free_bytes());
-  return obtainable - std::min(obtainable, protected_bytes);
+  return obtainable - std::min(obtainable, taken);
+}
+
+std::size_t Manager::available() const {
+  const std::lock_guard lock(mutex_);
+  require_usable();
+  return unprotected_bytes();
 }
 
 Usage Manager::usage_of(const Context& context, const std::vector<Standing>& standings) const {
@@ -34,8 +45,9 @@ Usage Manager::usage_of(const Context& context, const std::vector<Standing>& sta
   const std::size_t page = context.page_bytes();
   // Up to the base, contexts in use give way, too.
   const std::size_t below_base = account.base - std::min(account.base, account.held());
-  const std::size_t more = std::max(obtainable(context, false, standings),
-                                    std::min(below_base, obtainable(context, true, standings)));
+  std::size_t more = obtainable(context, false, standings);
+  if (more < below_base)
+    more = std::max(more, std::min(below_base, obtainable(context, true, standings)));
   const std::size_t reachable = std::min(account.max, account.held() + more) / page * page;
   const ContextLock lock(context.mutex_);
   Usage usage;
@@ -80,12 +92,7 @@ DeviceUsage Manager::device_usage() {
   usage.host_limit = host_pool_.limit();
   usage.host_existing = host_pool_.existing_bytes();
   usage.host_taken = host_pool_.taken_bytes();
-  std::size_t protected_by_all = 0;
-  for (const Context* context : all()) {
-    const ContextLock context_lock(context->mutex_);
-    protected_by_all += protected_bytes(*context);
-  }
-  usage.available = unprotected_bytes(protected_by_all);
+  usage.available = unprotected_bytes();
   const std::vector<Standing> standings = this->standings(nullptr);
   for (const Context* context : all()) usage.contexts.push_back(usage_of(*context, standings));
   return usage;
@@ -193,7 +200,6 @@ void Manager::check_invariants() const {
   ledger_.check_invariants();
   std::size_t resident = 0;
   std::size_t on_host = 0;
-  std::map<std::size_t, std::size_t> unfilled;  // reserved pages that are not held, by size
   for (const Context* context : all()) {
     const ContextLock context_lock(context->mutex_);
     const Arena& arena = context->arena_;
@@ -220,14 +226,13 @@ void Manager::check_invariants() const {
     require(context->state_ == Context::State::orphan || context->manager_of_orphan_ == nullptr,
             "only orphans keep their manager");
     resident += account.resident;
-    unfilled[arena.page_bytes()] += unfilled_pages(*context, account.base);
   }
   require(resident + pool_.pooled_bytes() == pool_.existing_bytes(), "no handle is lost");
   require(pool_.existing_bytes() <= ledger_.capacity(), "handles fit the device");
   require(on_host == host_pool_.taken_bytes(), "no host memory is lost");
   require(host_pool_.existing_bytes() <= host_pool_.limit(), "host memory stays within its limit");
   std::size_t promised_bytes = 0;
-  for (const auto& [page, count] : unfilled) promised_bytes += count * page;
+  for (const auto& [page, count] : ledger_.unfilled()) promised_bytes += count * page;
   require(promised_bytes <= pool_.pooled_bytes() + ledger_.lent(),
           "reservations are physical, but for what is lent");
 }

@@ -31,6 +31,7 @@ inline constexpr std::size_t GiB = std::size_t{1} << 30;
 
 // Higher value: more important.
 enum class Tier : std::uint8_t { best_effort, burstable, guaranteed };
+inline constexpr std::size_t kTiers = 3;
 
 constexpr std::size_t round_up(std::size_t value, std::size_t unit) {
   return (value + unit - 1) / unit * unit;

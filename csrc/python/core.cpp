@@ -22,7 +22,7 @@ void bind_ledger(py::module_& module) {
       .def(py::init<std::size_t, std::size_t>(), py::arg("capacity"), py::arg("host_limit") = 0)
       .def("open", &Ledger::open, py::arg("max"), py::arg("base"),
            py::arg_v("tier", Tier::burstable, "Tier.burstable"),
-           py::arg("partition") = Ledger::kDevice)
+           py::arg("partition") = Ledger::kDevice, py::arg("page") = 1)
       .def("open_partition", &Ledger::open_partition, py::arg("limit"))
       .def("close_partition", &Ledger::close_partition, py::arg("partition"))
       .def("assign", &Ledger::assign, py::arg("account"), py::arg("partition"))
@@ -39,7 +39,12 @@ void bind_ledger(py::module_& module) {
       .def("shortage", &Ledger::shortage, py::arg("account"), py::arg("bytes"))
       .def("shortage_in_partition", &Ledger::shortage_in_partition, py::arg("account"),
            py::arg("bytes"))
-      .def("spare", &Ledger::spare, py::arg("holder"), py::arg("account"))
+      .def(
+          "spare",
+          [](const Ledger& self, Ledger::Id holder, Ledger::Id account) {
+            return Ledger::spare(self.account(holder), self.account(account).tier);
+          },
+          py::arg("holder"), py::arg("account"))
       .def("evictable", &Ledger::evictable, py::arg("of_loans"))
       .def("check_invariants", &Ledger::check_invariants)
       .def_property_readonly("capacity", &Ledger::capacity)

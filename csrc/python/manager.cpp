@@ -209,6 +209,7 @@ void bind_manager(py::module_& module) {
       .def("give_way", &Manager::give_way, py::arg("bytes"), Unlocked())
       .def("usage", &Manager::usage, py::arg("context"), Unlocked())
       .def("device_usage", &Manager::device_usage, Unlocked())
+      .def("available", &Manager::available, Unlocked())
       .def("totals", &Manager::totals, Unlocked())
       .def("reset_peaks", &Manager::reset_peaks, Unlocked())
       .def("trim", &Manager::trim, Unlocked())

@@ -153,11 +153,12 @@ class LendingMachine(RuleBasedStateMachine):
         share=st.integers(0, 4),
         tier=st.sampled_from(TIERS),
         place=st.integers(0, 2),
+        page=st.integers(1, 3),
     )
-    def open(self, maximum: int, share: int, tier: native.Tier, place: int) -> int:
+    def open(self, maximum: int, share: int, tier: native.Tier, place: int, page: int) -> int:
         base = maximum * share // 4
         try:
-            account = self.ledger.open(maximum, base, tier, self.partitions[place])
+            account = self.ledger.open(maximum, base, tier, self.partitions[place], page)
         except AdmissionError:
             assert any(self.committed(each) + base > LIMITS[each] for each in (0, place))
             return 0
