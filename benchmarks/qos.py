@@ -52,9 +52,9 @@ from typing import Any
 
 from benchmarks.beside import Operation, repeated
 from benchmarks.latency import back_to_back, open_loop, percentile, poisson_arrivals
+from benchmarks.progress import track
 from benchmarks.qos_ways import ONE_STREAM, Sides, Way, device, ways
 from benchmarks.qos_work import GENERATE, GRAPH, item, loads_of, requests_of
-from benchmarks.progress import track
 from benchmarks.report import Report
 
 NOTHING = "nothing"

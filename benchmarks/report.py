@@ -14,8 +14,9 @@ from rich.table import Table
 
 from benchmarks.provenance import commit, driver, versions
 
-# Reports as they are stored: those of one run, or of several, by story.
-Reports = dict[str, dict[str, Any]]
+# A report as it is stored, and those of a file, by story.
+Stored = dict[str, Any]
+Reports = dict[str, Stored]
 
 
 def machine() -> dict[str, str]:
@@ -90,3 +91,11 @@ def shown(value: Any) -> str:
         if isinstance(value, float) and value < 100
         else (f"{value:.0f}" if isinstance(value, float) else str(value))
     )
+
+
+def size_name(size: int) -> str:
+    """Return a number of bytes in whole MiB or KiB, if it has any."""
+    for unit, scale in (("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= scale:
+            return f"{size // scale} {unit}"
+    return f"{size} B"
