@@ -67,7 +67,7 @@ format: build
 	$(BIN)/ruff check --fix .
 
 bench: build
-	$(BIN)/python -m benchmarks alloc
+	$(BIN)/python -m benchmarks all --quick
 
 clean:
 	rm -rf build *.egg-info pygpukit_torch/*.so pygpukit_torch/_build.py $(VENV)/.built

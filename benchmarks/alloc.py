@@ -15,6 +15,7 @@ import torch
 from torch.utils.cpp_extension import load
 
 import pygpukit_torch as pgk
+from benchmarks.progress import track
 from benchmarks.report import Report
 from pygpukit_torch import GB, KB, MB
 
@@ -82,7 +83,7 @@ def run(quick: bool) -> Report:
         }
 
     try:
-        for size in SIZES:
+        for size in track(SIZES, "alloc"):
             for count in threads:
                 report.rows.append(row(contexts[:count], size))
     finally:

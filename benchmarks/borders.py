@@ -22,6 +22,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 
 import pygpukit_torch as pgk
+from benchmarks.progress import track
 from benchmarks.report import Report
 from pygpukit_torch import GB, QoSPolicy
 
@@ -55,7 +56,7 @@ def run(quick: bool) -> Report:
         "blocking": (_on(_stream(0, -5)), _on(_stream(0, 0))),
         "plain": (_on(_stream(1, -5)), _on(_stream(1, 0))),
     }
-    for way, (decodes, floods) in ways.items():
+    for way, (decodes, floods) in track(ways.items(), "borders"):
         report.rows.append(_row(way, decodes, None, False, False, repetitions))
         for outside in (False, True):
             for items in (False, True):

@@ -34,6 +34,7 @@ import pygpukit_torch as pgk
 from benchmarks import memory_saver
 from benchmarks.alloc import LIVE, load_loop
 from benchmarks.generate import llama_config
+from benchmarks.progress import track
 from benchmarks.report import Report
 from benchmarks.timings import (
     CUDA,
@@ -87,7 +88,7 @@ def run(quick: bool) -> Report:
         "many small": partial(_equal, total // (200 * KB), 200 * KB),
         "Llama": partial(_llama, *shape),
     }
-    for name, make in sets.items():
+    for name, make in track(sets.items(), "evict"):
         with torch.device("meta"):
             size = sum(tensor.nbytes for tensor in make())
         timings = Timings(size)

@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks import traces
 from benchmarks.allocators import EXPANDABLE, NATIVE, Figures, names, replayed
+from benchmarks.progress import track
 from benchmarks.report import Report
 from pygpukit_torch.trace import Trace
 
@@ -53,14 +54,18 @@ def run(quick: bool) -> Report:
     )
     recorded = {
         name: traces.recorded(program, short if quick else long)
-        for name, (program, short, long) in PROGRAMS.items()
+        for name, (program, short, long) in track(PROGRAMS.items(), "fragmentation, traces")
     }
     recorded["adversarial"] = traces.adversarial(ADVERSARIAL[0 if quick else 1])
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(AT_ONCE) as pool:
         for name, trace in recorded.items():
             trace.save(Path(folder, f"{name}.jsonl"))
         figures = dict(
-            zip(names(), pool.map(partial(replayed, folder=Path(folder)), names()), strict=True)
+            zip(
+                track(names(), "fragmentation, allocators"),
+                pool.map(partial(replayed, folder=Path(folder)), names()),
+                strict=True,
+            )
         )
     for name, trace in recorded.items():
         report.rows += _rows(name, trace, figures)

@@ -1,7 +1,7 @@
 """Two models on one thread and one event loop: do their kernels run at the same time?
 
 Each task submits its model's work in its own context and awaits it. The profiler tells when each
-kernel ran; ``benchmarks/picture.py`` draws it.
+kernel ran; ``benchmarks/plots.py`` draws it.
 """
 
 import asyncio

@@ -52,6 +52,7 @@ from typing import Any
 
 from benchmarks.beside import Operation, repeated
 from benchmarks.latency import back_to_back, open_loop, percentile, poisson_arrivals
+from benchmarks.progress import track
 from benchmarks.qos_ways import ONE_STREAM, Sides, Way, device, ways
 from benchmarks.qos_work import GENERATE, GRAPH, item, loads_of, requests_of
 from benchmarks.report import Report
@@ -120,7 +121,8 @@ def run(quick: bool) -> Report:
     compared = ways()
     for turn in range(story.size.turns):
         # Who comes first changes, so that a drift of the clocks favours nobody.
-        for way in reversed(compared) if turn % 2 else compared:
+        order = compared[::-1] if turn % 2 else compared
+        for way in track(order, f"qos, turn {turn + 1} of {story.size.turns}"):
             story.turn(way, turn)
     report = Report("qos", "milliseconds of a request", COLUMNS, story.rows())
     report.machine["mean gap of Poisson arrivals"] = f"{1e3 * story.mean_gap:.3f} ms"

@@ -1,33 +1,35 @@
-"""Writes the tables of README.md from the committed results: ``python -m benchmarks.readme``."""
+"""Writes the tables of README.md and the pictures: ``python -m benchmarks.readme``.
 
-import json
+Both are those of the committed results.
+"""
+
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from benchmarks.plots import draw
 from benchmarks.qos_results import Group, Results
+from benchmarks.report import Reports, Stored, load, size_name
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks/results"
+RESULTS = ROOT / "benchmarks/results/h100.json"
+PICTURES = RESULTS.with_suffix("")
 
 
-def alloc_table() -> str:
+def alloc_table(report: Stored) -> str:
     """Allocate + free on a GPU."""
-    report = _report("alloc-h100.json")
     header = "| size | threads | torch, ns | in a session, ns | torch, M/s | in sessions, M/s |"
     rows = [
-        f"| {_size(row['bytes'])} | {row['threads']} | {row['stock']:.0f} | {row['session']:.0f} "
-        f"| {row['stock M/s']:.2g} | {row['session M/s']:.3g} |"
+        f"| {size_name(row['bytes'])} | {row['threads']} | {row['stock']:.0f} "
+        f"| {row['session']:.0f} | {row['stock M/s']:.2g} | {row['session M/s']:.3g} |"
         for row in report["rows"]
         if row["threads"] in (1, 8)
     ]
     return _table(header, rows, report)
 
 
-def generate_table() -> str:
+def generate_table(report: Stored) -> str:
     """Tokens a second inside and outside of a session."""
-    report = _report("generate-h100.json")
     header = "| batch | outside, tokens/s | in a session, tokens/s | ratio |"
     rows = [
         f"| {row['batch']} | {row['outside']:.0f} ({row['outside spread']}) | {row['session']:.0f} "
@@ -37,9 +39,8 @@ def generate_table() -> str:
     return _table(header, rows, report)
 
 
-def borders_table() -> str:
+def borders_table(report: Stored) -> str:
     """Latency beside best effort, and results that were read too early."""
-    report = _report("borders-h100.json")
     header = "| way | beside | input made | `.item()` loop | p50, ms | p99, ms | wrong results |"
     rows = [
         f"| {row['way']} | {row['beside']} | {row['input']} | {row['.item() loop']} "
@@ -49,17 +50,15 @@ def borders_table() -> str:
     return _table(header, rows, report)
 
 
-def session_table() -> str:
+def session_table(report: Stored) -> str:
     """Entering and leaving, and awaits."""
-    report = _report("session-h100.json")
     header = "| what | µs | quartiles |"
     rows = [f"| {row['what']} | {row['us']:.2f} | {row['us spread']} |" for row in report["rows"]]
     return _table(header, rows, report)
 
 
-def evict_table() -> str:
+def evict_table(report: Stored) -> str:
     """Out and in, as rates and as parts of the pinned copies' rates."""
-    report = _report("evict-h100.json")
     sets = list(dict.fromkeys(row["tensors"] for row in report["rows"] if row["GiB/s"] != ""))
     cells: dict[str, dict[str, str]] = {}
     for row in report["rows"]:
@@ -77,9 +76,8 @@ def evict_table() -> str:
     return _table(header, rows, report)
 
 
-def fragmentation_table() -> str:
+def fragmentation_table(report: Stored) -> str:
     """Reserved to live, for every allocator."""
-    report = _report("fragmentation-h100.json")
     names = list(dict.fromkeys(row["allocator"] for row in report["rows"]))
     lines: dict[str, dict[str, str]] = {}
     for row in report["rows"]:
@@ -93,9 +91,8 @@ def fragmentation_table() -> str:
     return _table(header, rows, report, "peak reserved to peak live")
 
 
-def qos_table() -> str:
+def qos_table(report: Stored) -> str:
     """Latency beside best effort, for every way to share the device."""
-    report = _report("qos-h100.json")
     results = Results(report)
 
     def cell(group: Group, way: str, load: str) -> str:
@@ -114,12 +111,7 @@ def qos_table() -> str:
     return _table(header, rows, report, "p99")
 
 
-def _report(name: str) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads((RESULTS / name).read_text())
-    return report
-
-
-def _table(header: str, rows: list[str], report: dict[str, Any], of: str = "medians") -> str:
+def _table(header: str, rows: list[str], report: Stored, of: str = "medians") -> str:
     machine = report["machine"]
     return "\n".join(
         [
@@ -133,14 +125,7 @@ def _table(header: str, rows: list[str], report: dict[str, Any], of: str = "medi
     )
 
 
-def _size(size: int) -> str:
-    for unit, scale in (("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if size >= scale:
-            return f"{size // scale} {unit}"
-    return f"{size} B"
-
-
-TABLES: dict[str, Callable[[], str]] = {
+TABLES: dict[str, Callable[[Stored], str]] = {
     "alloc": alloc_table,
     "generate": generate_table,
     "borders": borders_table,
@@ -150,17 +135,26 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def filled(text: str) -> str:
+def filled(text: str, reports: Reports) -> str:
     """Return ``text`` with every table between its marks replaced by the one of the results."""
     for name, table in TABLES.items():
         marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        lines = table().replace("\\", r"\\")
+        lines = table(reports[name]).replace("\\", r"\\")
         text, count = marks.subn(rf"\g<1>{lines}\n\g<2>", text)
         if count != 1:
             raise ValueError(f"README.md must have the marks of the table {name!r} once")
     return text
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write both."""
+    reports = load(RESULTS)
     readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text()))
+    readme.write_text(filled(readme.read_text(), reports))
+    for old in PICTURES.glob("*.svg"):
+        old.unlink()
+    draw(reports, PICTURES)
+
+
+if __name__ == "__main__":
+    main()

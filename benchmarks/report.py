@@ -12,7 +12,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.provenance import commit
+from benchmarks.provenance import commit, driver, versions
+
+# A report as it is stored, and those of a file, by story.
+Stored = dict[str, Any]
+Reports = dict[str, Stored]
 
 
 def machine() -> dict[str, str]:
@@ -25,7 +29,11 @@ def machine() -> dict[str, str]:
         ),
         platform.processor(),
     )
-    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    gpu = (
+        {"gpu": torch.cuda.get_device_name(), "driver": driver()}
+        if torch.cuda.is_available()
+        else {}
+    )
     return {
         **gpu,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -34,6 +42,7 @@ def machine() -> dict[str, str]:
         "cores": str(len(os.sched_getaffinity(0))),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **versions(),
     }
 
 
@@ -53,20 +62,40 @@ class Report:
         for column in self.columns:
             table.add_column(column, justify="right")
         for row in self.rows:
-            table.add_row(*(_shown(row[column]) for column in self.columns))
+            table.add_row(*(shown(row[column]) for column in self.columns))
         console = Console(width=130)
         console.print(table)
         console.print("  ".join(f"{key} {value}" for key, value in self.machine.items()))
 
-    def save(self, path: Path) -> None:
-        """Write it as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+    def stored(self) -> Reports:
+        """Return it as it is stored."""
+        return {self.story: asdict(self)}
 
 
-def _shown(value: Any) -> str:
+def save(path: Path, reports: Reports) -> None:
+    """Write reports as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(reports, indent=2) + "\n")
+
+
+def load(path: Path) -> Reports:
+    """Read what ``save`` has written."""
+    reports: Reports = json.loads(path.read_text())
+    return reports
+
+
+def shown(value: Any) -> str:
+    """Return a figure with three digits, anything else as it is."""
     return (
         f"{value:.3g}"
         if isinstance(value, float) and value < 100
         else (f"{value:.0f}" if isinstance(value, float) else str(value))
     )
+
+
+def size_name(size: int) -> str:
+    """Return a number of bytes in whole MiB or KiB, if it has any."""
+    for unit, scale in (("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= scale:
+            return f"{size // scale} {unit}"
+    return f"{size} B"

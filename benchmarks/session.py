@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import pygpukit_torch as pgk
+from benchmarks.progress import track
 from benchmarks.report import Report
 from pygpukit_torch import GB, MB, context_session
 
@@ -32,7 +33,7 @@ def run(quick: bool) -> Report:
     )
     timed = {**_entering(contexts[0], cuda), **_awaiting(contexts)}
     turns: dict[str, list[float]] = {name: [] for name in timed}
-    for _ in range(repetitions):
+    for _ in track(range(repetitions), "session"):
         for name, measure in timed.items():
             turns[name].append(measure() * 1e6)
     for name, values in turns.items():

@@ -7,6 +7,7 @@ import pytest
 
 import pygpukit_torch as pgk
 from pygpukit_torch import MB
+from tests.quick_benchmarks import QuickBenchmarks, run_all
 
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("default")
@@ -20,3 +21,9 @@ def scheduler() -> Iterator[None]:
     for context in pgk.list_contexts():
         context.destroy()
     pgk.shutdown()
+
+
+@pytest.fixture(scope="session")
+def quick_benchmarks(tmp_path_factory: pytest.TempPathFactory) -> QuickBenchmarks:
+    """All benchmarks, quickly, on this machine: one run for all tests."""
+    return run_all(tmp_path_factory.mktemp("benchmarks"))

@@ -1,28 +1,24 @@
 """The story of latency beside best effort: its parts, and all of it on the host device."""
 
-import json
 import math
-import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import latency, readme
+from benchmarks import latency
 from benchmarks.beside import Operation, completions, repeated
 from benchmarks.latency import back_to_back, open_loop, percentile, poisson_arrivals
-from benchmarks.qos_picture import drawn
+from benchmarks.plots import qos
 from benchmarks.qos_ways import ways
-
-ROOT = Path(__file__).parents[1]
+from benchmarks.readme import qos_table
+from tests.quick_benchmarks import QuickBenchmarks
 
 # Figures -----------------------------------------------------------------------------------------
 
@@ -178,16 +174,11 @@ def test_a_thread_ends_with_the_block_that_fails() -> None:
 # All of it ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the story says on this machine; as if it had a GPU, which tables and pictures name."""
-    path = tmp_path_factory.mktemp("qos") / "result.json"
-    command = [sys.executable, "-m", "benchmarks", "qos", "--quick", "--json", str(path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    found: dict[str, Any] = json.loads(path.read_text())
-    found["machine"]["gpu"] = "GPU"
-    return found
+@pytest.fixture
+def report(quick_benchmarks: QuickBenchmarks) -> dict[str, Any]:
+    """What the story says on this machine; as if it had a GPU, which the table names."""
+    found = quick_benchmarks.reports["qos"]
+    return found | {"machine": found["machine"] | {"gpu": "GPU"}}
 
 
 def test_every_case_is_measured_in_every_way(report: dict[str, Any]) -> None:
@@ -230,10 +221,8 @@ def test_figures_of_requests_and_of_best_effort(report: dict[str, Any]) -> None:
     assert [row["kept"] for row in plain if row["request"] == "nothing"] == [1, 1, 1]
 
 
-def test_the_table(report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "qos-h100.json").write_text(json.dumps(report))
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    lines = readme.qos_table().splitlines()
+def test_the_table(report: dict[str, Any]) -> None:
+    lines = qos_table(report).splitlines()
     columns = lines[0].count("|")
     assert all(line.count("|") == columns for line in lines[:-2])
     for way in ways():
@@ -248,16 +237,15 @@ def test_the_table(report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_picture(report: dict[str, Any]) -> None:
-    picture = ElementTree.fromstring(drawn(report))
-    texts = Counter(element.text for element in picture.iter("{http://www.w3.org/2000/svg}text"))
-    groups = 3
-    for way in ways():
-        assert texts[way.name] == groups
-    for row in report["rows"]:
-        if row["regime"] and row[".item()"] == "no":
-            assert texts[f"{row['p99 ratio']:.2f}"] > 0
-    circles = list(picture.iter("{http://www.w3.org/2000/svg}circle"))
-    with_items = sum(row[".item()"] == "yes" for row in report["rows"])
-    assert len(circles) == with_items + 1, "one more explains them"
-    width = float(picture.get("width", 0))
-    assert all(0 < float(circle.get("cx", 0)) < width for circle in circles)
+    axes = qos(report).axes
+    labels = [label.get_text() for label in axes[0].get_yticklabels()]
+    assert labels == [way.name for way in ways()]
+    texts = Counter(text.get_text() for each in axes for text in each.texts)
+    measured = [row for row in report["rows"] if row["regime"]]
+    plain = [row for row in measured if row[".item()"] == "no"]
+    kept = [f"{row['kept']:.0%}" for row in plain if row["kept"] != ""]
+    assert texts == Counter([f"{row['p99 ratio']:.2f}" for row in plain] + kept)
+    circles = [line for each in axes for line in each.lines if line.get_marker() == "o"]
+    assert len(circles) == len(measured) - len(plain)
+    left, right = axes[0].get_xlim()
+    assert all(left < numpy.asarray(circle.get_xdata()).item() < right for circle in circles)

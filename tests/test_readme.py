@@ -1,26 +1,27 @@
 """What the README says is what the repository has."""
 
-import json
 import re
 from pathlib import Path
 
-from benchmarks import picture, qos_picture
-from benchmarks.picture import RESULTS
-from benchmarks.readme import filled
+from benchmarks.plots import draw
+from benchmarks.readme import PICTURES, RESULTS, filled
+from benchmarks.report import load
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
 def test_tables_are_those_of_the_committed_results() -> None:
-    assert filled(README) == README, "run: python -m benchmarks.readme"
+    assert filled(README, load(RESULTS)) == README, "run: python -m benchmarks.readme"
 
 
-def test_pictures_are_those_of_the_committed_results() -> None:
-    for name, module in (("overlap", picture), ("qos", qos_picture)):
-        report = json.loads((RESULTS / f"{name}-h100.json").read_text())
-        drawn = (RESULTS / f"{name}-h100.svg").read_text()
-        assert module.drawn(report) == drawn, f"run: python -m {module.__name__}"
+def test_pictures_are_those_of_the_committed_results(tmp_path: Path) -> None:
+    draw(load(RESULTS), tmp_path)
+    drawn, committed = (
+        {path.name: path.read_text() for path in folder.iterdir()}
+        for folder in (tmp_path, PICTURES)
+    )
+    assert drawn == committed, "run: python -m benchmarks.readme"
 
 
 def test_links_lead_somewhere() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import platform
-import subprocess
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 import pygpukit_torch as pgk
-from benchmarks.provenance import commit
+from benchmarks.provenance import commit, driver
 from pygpukit_torch import GB, native
 from pygpukit_torch.runtime import existing
 
@@ -73,18 +72,12 @@ class Report:
             test["result"] = report.outcome
 
     def pytest_sessionfinish(self) -> None:
-        driver = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            check=False,
-        ).stdout.strip()
         results = [test["result"] for test in self.tests.values()]
         report = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": commit(),
             "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
-            "driver": driver or "unknown",
+            "driver": driver(),
             "torch": str(torch.__version__),
             "python": platform.python_version(),
             "summary": {result: results.count(result) for result in sorted(set(results))},
