@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <chrono>
 #include <vector>
 
@@ -41,6 +42,27 @@ std::vector<float> time_each_pair(c10::Allocator* allocator, std::size_t bytes, 
   return times;
 }
 
+// Nanoseconds a block to make `count` of them that live together, to free all, and to make them
+// again.
+std::array<double, 3> time_many(c10::Allocator* allocator, std::size_t bytes, std::size_t count) {
+  std::vector<c10::DataPtr> blocks(count);
+  std::array<double, 3> times{};
+  for (std::size_t step = 0; step < times.size(); ++step) {
+    const auto start = std::chrono::steady_clock::now();
+    for (auto& block : blocks) {
+      if (step == 1) {
+        block.clear();
+      } else {
+        block = allocator->allocate(bytes);
+      }
+    }
+    const auto end = std::chrono::steady_clock::now();
+    times[step] =
+        std::chrono::duration<double, std::nano>(end - start).count() / static_cast<double>(count);
+  }
+  return times;
+}
+
 // What torch used before this package was initialized.
 c10::Allocator* stock = nullptr;
 
@@ -64,6 +86,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       "time_each_current",
       [](bool cuda, std::size_t bytes, std::size_t pairs, std::size_t live) {
         return time_each_pair(c10::GetAllocator(type_of(cuda)), bytes, pairs, live);
+      },
+      Unlocked());
+  module.def(
+      "time_many",
+      [](bool cuda, bool in_session, std::size_t bytes, std::size_t count) {
+        return time_many(in_session ? c10::GetAllocator(type_of(cuda)) : stock, bytes, count);
       },
       Unlocked());
   module.def(

@@ -14,8 +14,8 @@ from pygpukit_torch import GB, MB
 
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 QUEUED = 8 if CUDA else 1  # the host device has done its work when it is submitted
-NEW_TOKENS = 8 if CUDA else 2
-LLAMA = (2048, 4) if CUDA else (128, 1)
+NEW_TOKENS = 2
+LLAMA = (2048, 2) if CUDA else (128, 1)
 
 GRAPH, GENERATE = "graph", "generate"
 

@@ -17,6 +17,7 @@ from benchmarks.report import Report, Reports, load
 
 STORIES = (
     "alloc",
+    "scale",
     "session",
     "generate",
     "fragmentation",

@@ -179,7 +179,8 @@ class ExecutionContext:
         """Change the budget, in bytes, and the reserved part of it.
 
         Args:
-            max_vram: the new budget.
+            max_vram: the new budget: at most 16 times the one that it was created with, or 16 GiB
+                where that is more.
             base_vram: the new reservation; as in ``create_context`` if not given, except that a
                 burstable context keeps what it has, as far as the new budget allows.
 

@@ -20,7 +20,7 @@ constexpr microseconds kPollEvery{50};
 constexpr microseconds kNextRequest{200};
 // Longer than the gaps of a model that is run eagerly, and than a turn of Python's GIL, 5 ms.
 constexpr milliseconds kIdleFor{10};
-constexpr milliseconds kLongestHold{100};
+constexpr milliseconds kLongestHold{500};
 
 }  // namespace
 

@@ -19,10 +19,14 @@ using ContextLock = std::lock_guard<SpinLock>;
 constexpr std::size_t kLargestPage = 32 * MiB;
 constexpr std::size_t kPagesPerBudget = 64;
 
+// A thousand contexts have to share 47 bits of addresses, so a small one has only as many as it
+// needs if its budget grows to so many times itself, or to so much.
+constexpr std::size_t kMostGrowth = 16;
+constexpr std::size_t kAnyBudget = 16 * GiB;
+
 // A budget never fills its range: free gaps between live pages must still hold large blocks.
 // Segments have a zone of their own above.
-constexpr std::size_t kRangePerCapacity = 2;
-constexpr std::size_t kSegmentsPerCapacity = 1;
+constexpr std::size_t kRangePerBudget = 2;
 
 // Blocks that outlive their manager must still find their context by address, and be valid.
 void keep_forever(const std::shared_ptr<Device>& device, std::shared_ptr<Context> context) {
@@ -145,10 +149,9 @@ std::shared_ptr<Context> Manager::create_context(const ContextSpec& spec) {
   const HandlePool::Keep others = ledger_.unfilled(Tier::guaranteed, account);
   on_behalf_of(who, [&] { pool_.fill(page, spec.base / page, others); });
 
-  const std::size_t segments =
-      round_up(kSegmentsPerCapacity * ledger_.capacity(), AddressTable::kUnit);
-  const std::size_t range =
-      round_up(kRangePerCapacity * ledger_.capacity(), AddressTable::kUnit) + segments;
+  const std::size_t most = std::max(kMostGrowth * spec.max, kAnyBudget);
+  const std::size_t segments = round_up(std::min(most, ledger_.capacity()), AddressTable::kUnit);
+  const std::size_t range = kRangePerBudget * segments + segments;
   const Address address =
       on_behalf_of(who, [&] { return device_->reserve(range, AddressTable::kUnit); });
   ScopeExit unreserve([&] { device_->unreserve(address, range); });
@@ -246,6 +249,13 @@ void Manager::resize_context(Context& context, std::size_t max, std::size_t base
       require_live(context);
       device_said_.clear();
       validate({context.name(), max, base, context.tier(), {}, context.yields(), 0});
+      const std::size_t most = context.arena_.upper_zone() / kRangePerBudget * page;
+      if (max > most) {
+        throw Error(ErrorCode::invalid_value,
+                    "context '" + context.name() +
+                        "' was created with addresses for a max_vram of " + "at most " +
+                        format_bytes(most) + ", not " + format_bytes(max));
+      }
       if (max < page) {
         throw Error(ErrorCode::invalid_value,
                     "context '" + context.name() + "' was created with pages of " +

@@ -384,6 +384,16 @@ def test_a_context_cannot_be_resized_below_one_of_its_pages() -> None:
     context.allocate(32 * MB)
 
 
+def test_a_thousand_contexts_fit_the_addresses_of_a_process() -> None:
+    fixture = Fixture(80 * 1024 * MB)
+    contexts = [fixture.create(str(number), 8 * MB) for number in range(1000)]
+    contexts[-1].allocate(8 * MB)
+    with pytest.raises(ValueError, match=r"max_vram of at most 16\.00 GiB, not 16\.01 GiB"):
+        fixture.manager.resize_context(contexts[0], 16400 * MB, 0)
+    fixture.manager.resize_context(contexts[0], 16 * 1024 * MB, 0)
+    fixture.manager.check_invariants()
+
+
 def test_contexts_belong_to_their_manager(fixture: Fixture) -> None:
     other = Fixture()
     context, namesake = fixture.create("a", 8 * MB), other.create("a", 8 * MB)

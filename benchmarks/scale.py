@@ -1,0 +1,134 @@
+"""What one context, or one block, takes when there are many of them.
+
+contexts  made, entered and left, grown by their first page, asked for their usage, told by
+          ``stats()``, and destroyed: microseconds a context
+blocks    of 1 KiB that all live together in one context: nanoseconds a block to make them, to free
+          them and to make them again, beside the same by torch's own allocator
+records   bytes of our process that a live block takes, by the pages that it grew by
+
+Growth is linear where a figure stays the same as the count grows.
+"""
+
+import time
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pygpukit_torch as pgk
+from benchmarks.alloc import load_loop
+from benchmarks.progress import track
+from benchmarks.report import Report
+from benchmarks.timings import CUDA, DEVICE
+from pygpukit_torch import GB, KB, MB, context_session, native
+
+CONTEXTS = [10, 100, 1000]
+BLOCKS = [1_000, 10_000, 100_000, 1_000_000]
+BLOCK = KB
+BUDGET = 8 * MB
+PAGE = 32 * MB
+
+
+def run(quick: bool) -> Report:
+    """Measure. ``quick`` has a tenth of the contexts and of the blocks."""
+    part = 10 if quick else 1
+    report = Report(
+        "scale", "a context, or a block", ["what", "count", "ours", "unit", "torch", "ratio"]
+    )
+    loop = load_loop()
+    if CUDA:
+        torch.cuda.init()
+    loop.remember_stock(CUDA)
+    pgk.initialize(device=DEVICE, total_vram=16 * GB, host_backup=0)
+    for count in track([most // part for most in CONTEXTS], "contexts"):
+        report.rows += _contexts(count)
+    for count in track([most // part for most in BLOCKS], "blocks"):
+        report.rows += _blocks(loop, count)
+        report.rows.append(_row("record of a block", count, _record_bytes(count), "B"))
+    pgk.shutdown()
+    return report
+
+
+def _row(
+    what: str, count: int, ours: float, unit: str, torchs: float | None = None
+) -> dict[str, Any]:
+    return {
+        "what": what,
+        "count": count,
+        "ours": ours,
+        "unit": unit,
+        "torch": "" if torchs is None else torchs,
+        "ratio": "" if torchs is None else ours / torchs,
+    }
+
+
+def _contexts(count: int) -> list[dict[str, Any]]:
+    contexts: list[pgk.ExecutionContext] = []
+    kept: list[torch.Tensor] = []
+
+    def grow() -> None:
+        for context in contexts:
+            with context_session(context):
+                kept.append(torch.empty(MB, dtype=torch.uint8, device=DEVICE))
+
+    def enter() -> None:
+        for context in contexts:
+            with context_session(context):
+                pass
+
+    def destroy() -> None:
+        for context in contexts:
+            context.destroy()
+
+    steps: dict[str, Callable[[], object]] = {
+        "create": lambda: contexts.extend(
+            pgk.create_context(f"{number}", BUDGET) for number in range(count)
+        ),
+        "first page": grow,
+        "enter + exit": enter,
+        "usage": lambda: [context.usage() for context in contexts],
+        "stats()": pgk.stats,
+        "destroy": destroy,
+    }
+    rows: list[dict[str, Any]] = []
+    for what, step in steps.items():
+        if step is destroy:
+            kept.clear()
+        start = time.perf_counter()
+        step()
+        rows.append(_row(what, count, 1e6 * (time.perf_counter() - start) / count, "us"))
+    return rows
+
+
+def _blocks(loop: Any, count: int) -> list[dict[str, Any]]:
+    stock = loop.time_many(CUDA, False, BLOCK, count)
+    if CUDA:
+        torch.cuda.empty_cache()
+    context = pgk.create_context("blocks", 2 * count * BLOCK + 64 * MB)
+    with context_session(context):
+        ours = loop.time_many(CUDA, True, BLOCK, count)
+    context.destroy()
+    names = ("new block", "free", "block again")
+    return [
+        _row(name, count, own, "ns", other)
+        for name, own, other in zip(names, ours, stock, strict=True)
+    ]
+
+
+def _record_bytes(count: int) -> float:
+    pages = -(-count * BLOCK // PAGE)
+    arena = native.Arena(PAGE, pages)
+    starts = array("I", bytes(4 * count))
+    before = _resident_bytes()
+    arena.add_pages(0, pages)
+    for index in range(count):
+        start = arena.allocate(BLOCK // 512)
+        assert start is not None
+        starts[index] = start
+    return (_resident_bytes() - before) / count
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4 * KB
