@@ -4,7 +4,17 @@ import argparse
 from importlib import import_module
 from pathlib import Path
 
-STORIES = ("alloc", "borders", "evict", "fragmentation", "generate", "overlap", "qos", "session")
+STORIES = (
+    "alloc",
+    "borders",
+    "evict",
+    "fragmentation",
+    "generate",
+    "overlap",
+    "oversubscribe",
+    "qos",
+    "session",
+)
 
 
 def main() -> None:

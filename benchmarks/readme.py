@@ -114,6 +114,26 @@ def qos_table() -> str:
     return _table(header, rows, report, "p99")
 
 
+def oversubscribe_table() -> str:
+    """More models than fit, served in every way; a line for each."""
+    report = _report("oversubscribe-h100.json")
+    cases = list(dict.fromkeys(f"{row['VRAM']}, {row['order']}" for row in report["rows"]))
+    lines: dict[str, dict[str, str]] = {}
+    for row in report["rows"]:
+        cell = "failed"
+        if not row["failure"]:
+            ratio = f" ({row['ratio']:.2f})" if row["ratio"] != "" else ""
+            times = f"{row['p50']:.3g} / {row['p99']:.3g} of {row['count']}"
+            cell = f"{row['requests/s']:.3g}{ratio}, {times}"
+        lines.setdefault(row["way"], {})[f"{row['VRAM']}, {row['order']}"] = cell
+    header = "| requests/s (ratio), p50 / p99 in ms | " + " | ".join(cases) + " |"
+    rows = [
+        f"| {way} | " + " | ".join(line.get(case, "") for case in cases) + " |"
+        for way, line in lines.items()
+    ]
+    return _table(header, rows, report, "of how many requests")
+
+
 def _report(name: str) -> dict[str, Any]:
     report: dict[str, Any] = json.loads((RESULTS / name).read_text())
     return report
