@@ -16,10 +16,11 @@ pinned, next ahead    the same with copies of the next model beside the request,
 accelerate, models    ``cpu_offload_with_hook``, and ``hook.offload()`` of the model that must go
 accelerate, layers    ``cpu_offload``: every layer is brought in whenever it is needed
 
-Every way is in a process of its own. Those but the first three have torch's own allocator, confined
-to the same VRAM; where whole models move, the least recently used one goes. Processes are prepared
-at the same time; then one of them works at a time, and they take turns. All models were served
-twice before anything is timed.
+Ways are in processes of their own; the two with contexts share one, and so do the two with pinned
+copies. Where there are no contexts it is torch's own allocator, confined to the same VRAM except
+where everything is resident; where whole models move, the least recently used one goes. Processes
+are prepared at the same time; then one of them works at a time, and they take turns. All models
+were served twice before anything is timed.
 
 count       requests that the figures are of. A turn is limited in seconds, and more so for the last
             three ways, where most requests take long; of fewer than 100 the p99 is the largest
@@ -202,6 +203,7 @@ class Story:
 
     def _row(self, case: Case, figures: Figures) -> dict[str, Any]:
         served, count = figures.served, len(figures.served.latencies)
+        wrong = f"{served.wrong} of {count} answers are not the first of their model"
         row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
         row |= {
             "VRAM": f"{case.ratio}x",
@@ -209,10 +211,9 @@ class Story:
             "way": case.way,
             "models": needed(case.ratio, self.weights),
             "count": count,
-            "failure": figures.failure or self._wrong.get(WAYS[case.way].server, ""),
+            "failure": figures.failure
+            or (wrong if served.wrong else self._wrong.get(WAYS[case.way].server, "")),
         }
-        if served.wrong:
-            row["failure"] = f"{served.wrong} of {count} answers are not the first of their model"
         if count:
             bound = self._figures[replace(case, way=UPPER_BOUND)].rate
             row |= {

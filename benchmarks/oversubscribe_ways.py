@@ -5,7 +5,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
-from transformers import LlamaForCausalLM
 
 import pygpukit_torch as pgk
 from benchmarks.oversubscribe_work import (
@@ -27,7 +26,7 @@ class Server(ABC):
     """Serves requests of its models, which are made one by one. All have ``weights`` bytes."""
 
     def __init__(self, weights: int) -> None:
-        self.models: list[LlamaForCausalLM] = []
+        self.models: list[torch.nn.Module] = []
         self.weights = weights
         self.moved = 0
 
@@ -168,7 +167,7 @@ class Pinned(Swapped):
         super().__init__(weights)
         self.copies: list[list[torch.Tensor]] = []
         # All copies in are on one stream, so the memory that one model leaves serves the next.
-        self._stream = torch.cuda.Stream() if CUDA else None
+        self._stream = torch.cuda.Stream() if CUDA else None  # type: ignore[no-untyped-call]
 
     def make(self, index: int) -> None:
         """Make the next model, and copies of its weights."""
@@ -209,7 +208,7 @@ class Offloaded(Swapped):
 
     def make(self, index: int) -> None:
         """Make the next model, and hook it, which takes it out."""
-        from accelerate import cpu_offload_with_hook
+        from accelerate import cpu_offload_with_hook  # type: ignore[import-untyped]
 
         super().make(index)
         _, hook = cpu_offload_with_hook(self.models[index], _torch_device())

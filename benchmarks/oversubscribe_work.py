@@ -3,6 +3,7 @@
 import math
 import random
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM
@@ -22,14 +23,14 @@ NEW_TOKENS = 2  # so that a request is short, and a switch is much of it
 IN_TURN, SKEWED = "in turn", "skewed"
 
 
-def llama(seed: int) -> LlamaForCausalLM:
+def llama(seed: int) -> torch.nn.Module:
     """Make a model on the device, with random weights from the seed."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(DTYPE)
     torch.manual_seed(seed)
     try:
         with torch.device(DEVICE):
-            model = LlamaForCausalLM(llama_config(*SHAPE))
+            model: torch.nn.Module = LlamaForCausalLM(llama_config(*SHAPE))
     finally:
         torch.set_default_dtype(default)
     return model.eval().requires_grad_(False)
@@ -52,7 +53,7 @@ def needed(ratio: int, weights: int) -> int:
     return math.ceil(ratio * CAPACITY / weights)
 
 
-def generated(model: LlamaForCausalLM) -> list[int]:
+def generated(model: Any) -> list[int]:
     """Generate from the prompt; the new tokens, on the host."""
     prompt = PROMPT.to(DEVICE)
     output = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)

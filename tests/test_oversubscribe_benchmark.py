@@ -209,7 +209,9 @@ class Scripted(Server):
 
 @pytest.fixture
 def no_server(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """This process is as one without a server."""
+    """This process is as one without a server, and stays as it is."""
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     prepared: list[Any] = []
     monkeypatch.setattr(oversubscribe_process, "_prepared", prepared)
     return prepared
@@ -246,7 +248,6 @@ def test_all_models_are_served_twice_and_must_answer_the_same(
     with pytest.raises(RuntimeError, match="answers differently the second time"):
         prepare("scripted")
     assert len(no_server) == 1
-    gc.unfreeze()
 
 
 def test_what_fails_in_a_process_is_raised_here() -> None:
@@ -263,9 +264,10 @@ def test_what_fails_in_a_process_is_raised_here() -> None:
 class Faked:
     """As a process: answers at once, or fails."""
 
-    def __init__(self, tokens: list[Any], failing: bool = False) -> None:
+    def __init__(self, tokens: list[Any], failing: bool = False, wrong: int = 0) -> None:
         self._tokens = tokens
         self._failing = failing
+        self._wrong = wrong
 
     def tokens(self) -> list[Any]:
         if not self._tokens:
@@ -275,7 +277,7 @@ class Faked:
     def serve(self, order: list[int], ahead: bool, seconds: float) -> Served:
         if self._failing:
             raise torch.OutOfMemoryError("out of memory\nwith details")
-        return Served([0.5] * 3, resident=2, moved=3 << 30, wrong=0)
+        return Served([0.5] * 3, resident=2, moved=3 << 30, wrong=self._wrong)
 
 
 def test_servers_whose_models_answer_otherwise_are_named() -> None:
@@ -291,6 +293,7 @@ def test_failures_are_reported_in_their_rows() -> None:
     running |= {
         "pinned": Faked([[1], [2]], failing=True),
         "moved": Faked([[1], [3]]),
+        "offloaded": Faked([[1], [2]], wrong=1),
         "layered": Faked([]),
     }
     story = Story(QUICK)
@@ -301,6 +304,7 @@ def test_failures_are_reported_in_their_rows() -> None:
         "pinned copies": "OutOfMemoryError: out of memory",
         "pinned, next ahead": "OutOfMemoryError: out of memory",
         ".cpu(), .cuda()": "1 of 2 models answer otherwise than in 'resident'",
+        "accelerate, models": "2 of 6 answers are not the first of their model",
         "accelerate, layers": "ImportError: there is no accelerate",
     }
     for row in story.rows():
