@@ -48,6 +48,7 @@ from benchmarks.timings import (
     copied_bytes,
     now,
     spread,
+    wait_for_host_pool,
 )
 from pygpukit_torch import GB, KB, MB, ExecutionContext, context_session
 
@@ -211,23 +212,16 @@ def _for_the_first_time(make: Make, timings: Timings) -> None:
         if CUDA:
             with _device(timings.size, "a", "b") as (context, _):
                 tensors = _made(make, context)
-                _wait_for_host_pool()
+                wait_for_host_pool()
                 timings.out("first out, pool made ahead", context)
                 tensors.clear()
-
-
-def _wait_for_host_pool() -> None:
-    before = -1
-    while (made := pgk.stats().host_reserved) != before:
-        before = made
-        time.sleep(0.3)
 
 
 def _again_and_again(make: Make, timings: Timings, pinned: Pinned, repetitions: int) -> None:
     with _device(timings.size, "a", "b") as (a, b):
         x = _made(make, a)
         a.evict()
-        _wait_for_host_pool()
+        wait_for_host_pool()
         with context_session(a):
             pass
         for _ in range(repetitions):

@@ -111,6 +111,25 @@ def qos_table(report: Stored) -> str:
     return _table(header, rows, report, "p99")
 
 
+def oversubscribe_table(report: Stored) -> str:
+    """More models than fit, served in every way; a line for each."""
+    cases = list(dict.fromkeys(f"{row['VRAM']}, {row['order']}" for row in report["rows"]))
+    lines: dict[str, dict[str, str]] = {}
+    for row in report["rows"]:
+        cell = "failed"
+        if not row["failure"]:
+            ratio = f" ({row['ratio']:.2f})" if row["ratio"] != "" else ""
+            times = f"{row['p50']:.3g} / {row['p99']:.3g} of {row['count']}"
+            cell = f"{row['requests/s']:.3g}{ratio}, {times}"
+        lines.setdefault(row["way"], {})[f"{row['VRAM']}, {row['order']}"] = cell
+    header = "| requests/s (ratio), p50 / p99 in ms | " + " | ".join(cases) + " |"
+    rows = [
+        f"| {way} | " + " | ".join(line.get(case, "") for case in cases) + " |"
+        for way, line in lines.items()
+    ]
+    return _table(header, rows, report, "of how many requests")
+
+
 def _table(header: str, rows: list[str], report: Stored, of: str = "medians") -> str:
     machine = report["machine"]
     return "\n".join(

@@ -23,6 +23,7 @@ STORIES = (
     "fragmentation",
     "evict",
     "qos",
+    "oversubscribe",
     "borders",
     "overlap",
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pygpukit_torch import GB, ExecutionContext, context_session
+from pygpukit_torch import GB, ExecutionContext, context_session, stats
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -137,3 +137,11 @@ def copied_bytes(*contexts: ExecutionContext) -> int:
     figures = [context.memory_stats() for context in contexts]
     ways = ("evicted_bytes.copied_out", "evicted_bytes.copied_in")
     return sum(each[way] for each in figures for way in ways)
+
+
+def wait_for_host_pool() -> None:
+    """Return once no more host memory is made ahead."""
+    before = -1
+    while (made := stats().host_reserved) != before:
+        before = made
+        time.sleep(0.3)
