@@ -217,6 +217,19 @@ PLOTS: dict[str, Callable[[Stored], Figure]] = {
         groups=lambda row: row["what"],
         lengths=lambda row: {"": row["us"]},
     ),
+    "scale": partial(
+        bars,
+        title="What one takes where there are many",
+        groups=lambda row: f"{row['what']}, {row['unit']}",
+        lengths=lambda row: {f"{row['count']}": row["ours"]},
+    ),
+    "oversubscribe": partial(
+        bars,
+        title="Requests a second, to everything resident",
+        groups=lambda row: f"{row['VRAM']} the VRAM, {row['order']}",
+        lengths=lambda row: {row["way"]: row["failure"] or row["ratio"]},
+        digits=".2f",
+    ),
     "generate": partial(
         bars,
         title="generate of a Llama, tokens/s",

@@ -2,8 +2,9 @@
 
 contexts  made, entered and left, grown by their first page, asked for their usage, told by
           ``stats()``, and destroyed: microseconds a context
-blocks    of 1 KiB that all live together in one context: nanoseconds a block to make them, to free
-          them and to make them again, beside the same by torch's own allocator
+blocks    that all live together in one context: nanoseconds a block to make them, to free them and
+          to make them again, beside the same by torch's own allocator. New ones of 64 MiB are of
+          new memory: two pages each, or a call of ``cudaMalloc``
 records   bytes of our process that a live block takes, by the pages that it grew by
 
 Growth is linear where a figure stays the same as the count grows.
@@ -20,13 +21,14 @@ import torch
 import pygpukit_torch as pgk
 from benchmarks.alloc import load_loop
 from benchmarks.progress import track
-from benchmarks.report import Report
+from benchmarks.report import Report, size_name
 from benchmarks.timings import CUDA, DEVICE
 from pygpukit_torch import GB, KB, MB, context_session, native
 
 CONTEXTS = [10, 100, 1000]
 BLOCKS = [1_000, 10_000, 100_000, 1_000_000]
 BLOCK = KB
+LARGE_BLOCK, LARGE_BLOCKS = 64 * MB, 100 if CUDA else 10
 BUDGET = 8 * MB
 PAGE = 32 * MB
 
@@ -45,8 +47,9 @@ def run(quick: bool) -> Report:
     for count in track([most // part for most in CONTEXTS], "contexts"):
         report.rows += _contexts(count)
     for count in track([most // part for most in BLOCKS], "blocks"):
-        report.rows += _blocks(loop, count)
-        report.rows.append(_row("record of a block", count, _record_bytes(count), "B"))
+        report.rows += _blocks(loop, BLOCK, count)
+        report.rows.append(_row("record of a live block", count, _record_bytes(count), "B"))
+    report.rows += _blocks(loop, LARGE_BLOCK, LARGE_BLOCKS // part)
     pgk.shutdown()
     return report
 
@@ -102,15 +105,15 @@ def _contexts(count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _blocks(loop: Any, count: int) -> list[dict[str, Any]]:
-    stock = loop.time_many(CUDA, False, BLOCK, count)
+def _blocks(loop: Any, size: int, count: int) -> list[dict[str, Any]]:
+    stock = loop.time_many(CUDA, False, size, count)
     if CUDA:
         torch.cuda.empty_cache()
-    context = pgk.create_context("blocks", 2 * count * BLOCK + 64 * MB)
+    context = pgk.create_context("blocks", 8 * GB if CUDA else 2 * GB)
     with context_session(context):
-        ours = loop.time_many(CUDA, True, BLOCK, count)
+        ours = loop.time_many(CUDA, True, size, count)
     context.destroy()
-    names = ("new block", "free", "block again")
+    names = [f"{what} of {size_name(size)}" for what in ("new block", "free block", "block again")]
     return [
         _row(name, count, own, "ns", other)
         for name, own, other in zip(names, ours, stock, strict=True)
