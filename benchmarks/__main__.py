@@ -4,7 +4,7 @@ import argparse
 from importlib import import_module
 from pathlib import Path
 
-STORIES = ("alloc", "borders", "evict", "fragmentation", "generate", "overlap", "qos", "session")
+STORIES = ("alloc", "borders", "evict", "fragmentation", "models", "overlap", "qos", "session")
 
 
 def main() -> None:

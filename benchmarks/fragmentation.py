@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import traces
-from benchmarks.allocators import EXPANDABLE, NATIVE, Figures, names, replayed
+from benchmarks.allocators import Figures, replayed
+from benchmarks.peers import EXPANDABLE, NATIVE, OURS, names
 from benchmarks.report import Report
+from benchmarks.timings import CUDA
 from pygpukit_torch.trace import Trace
 
 # How many steps each program takes, quickly and otherwise.
@@ -56,11 +58,12 @@ def run(quick: bool) -> Report:
         for name, (program, short, long) in PROGRAMS.items()
     }
     recorded["adversarial"] = traces.adversarial(ADVERSARIAL[0 if quick else 1])
+    compared = names() if CUDA else [OURS]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(AT_ONCE) as pool:
         for name, trace in recorded.items():
             trace.save(Path(folder, f"{name}.jsonl"))
         figures = dict(
-            zip(names(), pool.map(partial(replayed, folder=Path(folder)), names()), strict=True)
+            zip(compared, pool.map(partial(replayed, folder=Path(folder)), compared), strict=True)
         )
     for name, trace in recorded.items():
         report.rows += _rows(name, trace, figures)
