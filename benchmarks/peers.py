@@ -27,7 +27,7 @@ TORCH = {
     EXPANDABLE: "expandable_segments:True",
     "torch cudaMallocAsync": "backend:cudaMallocAsync",
 }
-RESERVED = 6 * GB  # by those of RMM that begin with a pool
+RESERVED = 8 * GB  # by those of RMM that begin with a pool
 # What makes the resource of each, from ``rmm.mr``.
 RMM: dict[str, Callable[[Any], Any]] = {
     "RMM pool": lambda mr: mr.PoolMemoryResource(mr.CudaMemoryResource(), RESERVED),
@@ -49,7 +49,7 @@ class PeerError(Exception):
 
 
 class Peer:
-    """A process that works with another allocator."""
+    """A process with an allocator, that can be asked."""
 
     def __init__(self, process: subprocess.Popen[str], errors: IO[str]) -> None:
         self._process = process
@@ -143,5 +143,5 @@ def plug_in_rmm() -> Any:
     torch.cuda.memory.change_current_allocator(
         import_module("rmm.allocators.torch").rmm_torch_allocator
     )
-    torch.cuda.init()
+    torch.cuda.init()  # type: ignore[no-untyped-call]
     return import_module("rmm").mr
