@@ -29,17 +29,19 @@ to outside   the median of the ratios to the same turn outside: it is not the ra
 to native    the same to torch's native allocator in a process of its own, or to torch streams
 kept         what each model keeps of its rate alone, on a thread of the same process
 off CPU      the part of the time in which the thread of each model was on no CPU
-GIL at most  the part of what the models lose to each other that may be time waiting for the GIL
+GIL at most  what the models lose by waiting for the GIL, if all that may be that is: without it
+             the rate would be larger by this
 
-Nobody can ask the GIL who waits for it. But a thread that waits for the device spins, on a CPU,
-and one that waits for the GIL sleeps. So what a thread was off the CPU, by its own clock of CPU
-time, beyond what it is alone was waiting for the GIL, or for a lock of the driver or an allocator,
-or for a CPU where there are not enough. No model can lose more by it than it lost. It is an upper
-bound, with one exception: when the GIL has gone to and fro caches are cold, and a thread takes
-longer on its CPU. Graphs are the control, because a replay needs the GIL for microseconds: what
-their threads are off the CPU is not the GIL. The rest of a loss is the device, which models that
-keep it busy have to share. On an event loop passes are submitted one after the other, so nobody
-waits for the GIL, and each waits for the others' turns.
+Nobody can ask the GIL who waits for it. But a thread that waits for the device spins, on a CPU, and
+one that waits for the GIL sleeps. So what a thread was off the CPU, by its own clock of CPU time,
+beyond what it is alone was waiting for the GIL, or for a lock of the driver or an allocator, or for
+a CPU where there are not enough. No model can lose more by it than it lost. That is an upper bound,
+with one exception: when the GIL has gone to and fro caches are cold, and a thread takes longer on
+its CPU. Two figures tell whether to believe it: alone a thread must hardly be off its CPU, or it
+does not spin; and graphs are the control, because a replay needs the GIL for microseconds, so what
+their threads are off the CPU is something else. The rest of a loss is the device, which models that
+keep it busy have to share. On an event loop passes are submitted one after the other: nobody waits
+for the GIL, but for the others' turns.
 
 The host device has no streams and no graphs, and has done its work when it is submitted; its
 models are smaller. That shows that the story runs, and no more.

@@ -96,14 +96,12 @@ def on_one_loop(models: list[Model], way: str, seconds: float) -> Window:
 
 
 def lost_to_waiting(kept: list[float], off_cpu: list[float], off_cpu_alone: list[float]) -> float:
-    """Return which part of what models lose beside each other their threads may have waited for.
+    """Return how much more models would keep at most if their threads were on CPUs as alone.
 
-    ``kept`` is the part of its rate alone that each has. A model cannot lose more by waiting than
-    it lost; where none lost anything the answer is 0.
+    ``kept`` is the part of its rate alone that each has. No model can lose more by waiting than it
+    lost.
     """
-    lost = [max(0.0, 1 - part) for part in kept]
-    waited = [
-        min(loss, max(0.0, beside - alone))
-        for loss, beside, alone in zip(lost, off_cpu, off_cpu_alone, strict=True)
-    ]
-    return sum(waited) / sum(lost) if any(lost) else 0.0
+    return sum(
+        min(max(0.0, 1 - part), max(0.0, beside - alone))
+        for part, beside, alone in zip(kept, off_cpu, off_cpu_alone, strict=True)
+    )

@@ -62,7 +62,7 @@ def models_table() -> str:
 
 
 def at_once_table() -> str:
-    """Several models at once: what they get done, and what of the loss may be the GIL."""
+    """Several models at once: what they get done, and what more without the GIL."""
     report = _report("models-h100.json")
     lines: dict[str, dict[str, dict[str, Any]]] = {}
     for row in report["rows"]:
@@ -71,8 +71,8 @@ def at_once_table() -> str:
 
     def gain(row: dict[str, Any]) -> str:
         kept = " + ".join(f"{part:.2f}" for part in row["kept"])
-        gil = "" if row["GIL at most"] == "" else f", GIL {row['GIL at most']:.0%}"
-        return f"{row['rate']:.2f} ({kept}{gil})"
+        gil = "" if row["GIL at most"] == "" else f", GIL {row['GIL at most']:.2f}"
+        return f"{row['rate']:.2f} ({kept}){gil}"
 
     ways = list(next(iter(lines.values())))
     header = "| at once | " + " | ".join(ways) + " |"
