@@ -1,62 +1,32 @@
-"""The allocators of the fragmentation story, each in a process of its own.
+"""The allocators of the fragmentation story: what each reserves for a trace, in its process."""
 
-``python -m benchmarks.allocators NAME FOLDER`` replays the traces of a folder and prints, by the
-names of their files, the bytes that were reserved at most, or why it did not work.
-"""
-
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import peers
+from benchmarks.peers import OURS, PeerError
+from benchmarks.timings import CUDA
 from pygpukit_torch import MB, native
 from pygpukit_torch.trace import Allocator, ContextMemory, TorchMemory, Trace
-
-CUDA = torch.cuda.is_available()
-
-OURS, NATIVE, EXPANDABLE = "pygpukit", "torch native", "torch expandable segments"
-# What the environment of each says to torch.
-TORCH = {
-    NATIVE: "",
-    EXPANDABLE: "expandable_segments:True",
-    "torch cudaMallocAsync": "backend:cudaMallocAsync",
-}
 
 Figures = dict[str, int | str]
 
 
 def replayed(name: str, folder: Path) -> Figures:
-    """Return what ``name`` reserved for every trace, or texts of what failed."""
-    environment = {
-        key: value for key, value in os.environ.items() if not key.endswith("_ALLOC_CONF")
-    }
-    if TORCH.get(name):
-        environment["PYTORCH_ALLOC_CONF"] = TORCH[name]
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.allocators", name, str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if result.returncode:
-        said = (result.stderr.strip() or "nothing").splitlines()[-1]
-        failure = f"ended with {result.returncode}: {said}"
-        return {path.stem: failure for path in folder.iterdir()}
-    figures: Figures = json.loads(result.stdout.splitlines()[-1])
+    """Return what ``name`` reserved at most for every trace, in bytes, or texts of what failed."""
+    figures: Figures = {}
+    with peers.started(name, "benchmarks.allocators") as peer:
+        for path in sorted(folder.iterdir()):
+            try:
+                figures[path.stem] = peer.ask(str(path))
+            except PeerError as error:  # the others are still of interest
+                figures[path.stem] = str(error)
     return figures
-
-
-def names() -> list[str]:
-    """Return the allocators that there are for the device."""
-    return [OURS, *(TORCH if CUDA else ()), *(RMM if CUDA and find_spec("rmm") else ())]
 
 
 def _ours(trace: Trace) -> Allocator:
@@ -73,7 +43,6 @@ class _RmmMemory(TorchMemory):
     """An RMM resource behind torch's interface, through which it has no figures to ask or reset."""
 
     def __init__(self, resource: Any, reserved: Callable[[], int]) -> None:
-        torch.cuda.init()
         self._streams = [torch.cuda.current_stream()]
         import_module("rmm").mr.set_current_device_resource(resource)
         self._reserved = reserved
@@ -134,30 +103,21 @@ RMM: dict[str, Callable[[Trace], Allocator] | None] = {
 }
 
 
-def _reserved(name: str, trace: Trace) -> int:
+def _reserved(name: str, path: str) -> int:
+    trace = Trace.load(path)
     if name == OURS:
         return trace.replay(_ours(trace)).peak_reserved_bytes
-    if name in TORCH:
+    if name in peers.TORCH:
         return trace.replay(TorchMemory()).peak_reserved_bytes
     make = RMM[name]
     return trace.replay(make(trace)).peak_reserved_bytes if make else _smallest_arena(trace)
 
 
-def _main(name: str, folder: Path) -> Figures:
+def _prepared(name: str) -> Callable[[str], int]:
     if name in RMM:
-        torch.cuda.memory.change_current_allocator(
-            import_module("rmm.allocators.torch").rmm_torch_allocator
-        )
-    figures: Figures = {}
-    for path in sorted(folder.iterdir()):
-        try:
-            figures[path.stem] = _reserved(name, Trace.load(path))
-        except Exception as error:  # the others are still of interest
-            figures[path.stem] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    return figures
+        peers.plug_in_rmm()  # every trace has a resource of its own
+    return partial(_reserved, name)
 
 
 if __name__ == "__main__":
-    print(json.dumps(_main(sys.argv[1], Path(sys.argv[2]))), flush=True)
-    # Allocators of others may not survive the end of the interpreter.
-    os._exit(0)
+    peers.serve(_prepared)

@@ -51,6 +51,11 @@ class Repeated:
         """
         return completions(self._ends, end) - completions(self._ends, begin)
 
+    def cpu_seconds(self) -> float:
+        """Return how long the thread, which must be alive, has been on a CPU so far."""
+        assert self._thread.ident
+        return time.clock_gettime(time.pthread_getcpuclockid(self._thread.ident))
+
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import traces
-from benchmarks.allocators import EXPANDABLE, NATIVE, Figures, names, replayed
+from benchmarks.allocators import Figures, replayed
+from benchmarks.peers import EXPANDABLE, NATIVE, OURS, names
 from benchmarks.progress import track
 from benchmarks.report import Report
+from benchmarks.timings import CUDA
 from pygpukit_torch.trace import Trace
 
 # How many steps each program takes, quickly and otherwise.
@@ -33,7 +35,7 @@ PROGRAMS: dict[str, tuple[Callable[[int], None], int, int]] = {
 }
 ADVERSARIAL = (5, 20)
 # They share the device: enough for their peaks, and no time is measured.
-AT_ONCE = 3
+AT_ONCE = 8
 
 
 def run(quick: bool) -> Report:
@@ -57,13 +59,14 @@ def run(quick: bool) -> Report:
         for name, (program, short, long) in track(PROGRAMS.items(), "fragmentation, traces")
     }
     recorded["adversarial"] = traces.adversarial(ADVERSARIAL[0 if quick else 1])
+    compared = names() if CUDA else [OURS]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(AT_ONCE) as pool:
         for name, trace in recorded.items():
             trace.save(Path(folder, f"{name}.jsonl"))
         figures = dict(
             zip(
-                track(names(), "fragmentation, allocators"),
-                pool.map(partial(replayed, folder=Path(folder)), names()),
+                track(compared, "fragmentation, allocators"),
+                pool.map(partial(replayed, folder=Path(folder)), compared),
                 strict=True,
             )
         )

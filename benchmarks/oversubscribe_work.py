@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks.generate import llama_config
+from benchmarks.llama import llama_config
 from benchmarks.timings import CUDA, DEVICE
 from pygpukit_torch import GB, MB
 

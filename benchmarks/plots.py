@@ -230,6 +230,16 @@ PLOTS: dict[str, Callable[[Stored], Figure]] = {
         lengths=lambda row: {row["way"]: row["failure"] or row["ratio"]},
         digits=".2f",
     ),
+    "models": partial(
+        bars,
+        title="Rates to torch's own allocator; of several at once to one after the other",
+        groups=lambda row: row["work"],
+        lengths=lambda row: (
+            {}
+            if row["at once"] == 1
+            else {row["way"]: row["failure"] or row["rate" if row["at once"] else "to native"]}
+        ),
+    ),
     "generate": partial(
         bars,
         title="generate of a Llama, tokens/s",

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from benchmarks.beside import Operation, mark
-from benchmarks.generate import llama_config
+from benchmarks.llama import llama_config
 from benchmarks.qos_ways import Sides
 from benchmarks.timings import CUDA, DEVICE
 from pygpukit_torch import GB, MB

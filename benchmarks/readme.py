@@ -39,6 +39,50 @@ def generate_table(report: Stored) -> str:
     return _table(header, rows, report)
 
 
+def models_table(report: Stored) -> str:
+    """One model at a time, in a session and on peers."""
+    lines: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in report["rows"]:
+        if row["at once"] == "":
+            lines.setdefault(row["work"], {})[row["way"]] = row
+    peers = [way for way in next(iter(lines.values())) if way not in ("session", "torch native")]
+
+    def rate(row: dict[str, Any]) -> str:
+        return f"{row['rate']:.3g} {row['unit']} ({row['quartiles']})"
+
+    header = "| | torch native | session, to outside | session, to native | "
+    header += " | ".join(f"{peer}, to native" for peer in peers) + " |"
+    rows = [
+        f"| {work} | {_cell(ways['torch native'], rate)} "
+        f"| {_ratio(ways['session'], 'to outside')} | "
+        + " | ".join(_ratio(ways[way], "to native") for way in ("session", *peers))
+        + " |"
+        for work, ways in lines.items()
+    ]
+    return _table(header, rows, report)
+
+
+def at_once_table(report: Stored) -> str:
+    """Several models at once: what they get done, and what more without the GIL."""
+    lines: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in report["rows"]:
+        if row["at once"] not in ("", 1):
+            lines.setdefault(row["work"], {})[row["way"]] = row
+
+    def gain(row: dict[str, Any]) -> str:
+        kept = " + ".join(f"{part:.2f}" for part in row["kept"])
+        gil = "" if row["GIL at most"] == "" else f", GIL {row['GIL at most']:.2f}"
+        return f"{row['rate']:.2f} ({kept}){gil}"
+
+    ways = list(next(iter(lines.values())))
+    header = "| at once | " + " | ".join(ways) + " |"
+    rows = [
+        f"| {work} | " + " | ".join(_cell(row, gain) for row in line.values()) + " |"
+        for work, line in lines.items()
+    ]
+    return _table(header, rows, report)
+
+
 def borders_table(report: Stored) -> str:
     """Latency beside best effort, and results that were read too early."""
     header = "| way | beside | input made | `.item()` loop | p50, ms | p99, ms | wrong results |"
@@ -128,6 +172,14 @@ def oversubscribe_table(report: Stored) -> str:
         for way, line in lines.items()
     ]
     return _table(header, rows, report, "of how many requests")
+
+
+def _cell(row: dict[str, Any], text: Callable[[dict[str, Any]], str]) -> str:
+    return "failed" if row["failure"] else text(row)
+
+
+def _ratio(row: dict[str, Any], column: str) -> str:
+    return _cell(row, lambda row: f"{row[column]:.3f}" if row[column] != "" else "")
 
 
 def _table(header: str, rows: list[str], report: Stored, of: str = "medians") -> str:

@@ -19,7 +19,7 @@ STORIES = (
     "alloc",
     "scale",
     "session",
-    "generate",
+    "models",
     "fragmentation",
     "evict",
     "qos",
@@ -28,7 +28,7 @@ STORIES = (
     "overlap",
 )
 # What they measure is not there without CUDA.
-ON_CUDA_ONLY = ("generate", "borders", "overlap")
+ON_CUDA_ONLY = ("borders", "overlap")
 
 
 def run(story: str, quick: bool) -> Reports:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, DynamicCache, LlamaForCausalLM
 
-from benchmarks.generate import llama_config
+from benchmarks.llama import llama_config
 from pygpukit_torch import KB, MB
 from pygpukit_torch.recording import record
 from pygpukit_torch.trace import Allocation, Event, Free, Trace
