@@ -1,4 +1,5 @@
 // Times allocate + free through torch's own allocator interface, without Python in the loop.
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/Allocator.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -66,8 +67,10 @@ std::array<double, 3> time_many(c10::Allocator* allocator, std::size_t bytes, st
 // What torch used before this package was initialized.
 c10::Allocator* stock = nullptr;
 
-c10::DeviceType type_of(bool cuda) {
-  return cuda ? c10::DeviceType::CUDA : c10::DeviceType::CPU;
+// Not c10::GetAllocator(kCUDA), which does not follow torch.cuda.memory.change_current_allocator().
+c10::Allocator* current(bool cuda) {
+  return cuda ? at::detail::getCUDAHooks().getCUDADeviceAllocator()
+              : c10::GetAllocator(c10::DeviceType::CPU);
 }
 
 }  // namespace
@@ -75,23 +78,23 @@ c10::DeviceType type_of(bool cuda) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   namespace py = pybind11;
   using Unlocked = py::call_guard<py::gil_scoped_release>;
-  module.def("remember_stock", [](bool cuda) { stock = c10::GetAllocator(type_of(cuda)); });
+  module.def("remember_stock", [](bool cuda) { stock = current(cuda); });
   module.def(
       "time_current",
       [](bool cuda, std::size_t bytes, std::size_t pairs, std::size_t live) {
-        return time_pairs(c10::GetAllocator(type_of(cuda)), bytes, pairs, live);
+        return time_pairs(current(cuda), bytes, pairs, live);
       },
       Unlocked());
   module.def(
       "time_each_current",
       [](bool cuda, std::size_t bytes, std::size_t pairs, std::size_t live) {
-        return time_each_pair(c10::GetAllocator(type_of(cuda)), bytes, pairs, live);
+        return time_each_pair(current(cuda), bytes, pairs, live);
       },
       Unlocked());
   module.def(
       "time_many",
       [](bool cuda, bool in_session, std::size_t bytes, std::size_t count) {
-        return time_many(in_session ? c10::GetAllocator(type_of(cuda)) : stock, bytes, count);
+        return time_many(in_session ? current(cuda) : stock, bytes, count);
       },
       Unlocked());
   module.def(

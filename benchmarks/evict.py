@@ -32,7 +32,7 @@ from transformers import LlamaForCausalLM
 
 import pygpukit_torch as pgk
 from benchmarks import memory_saver
-from benchmarks.alloc import LIVE, load_loop
+from benchmarks.alloc_pairs import LIVE, load_loop
 from benchmarks.llama import llama_config
 from benchmarks.progress import track
 from benchmarks.report import Report

@@ -6,6 +6,7 @@ Both are those of the committed results.
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benchmarks.plots import draw
 from benchmarks.qos_results import Group, Results
@@ -14,6 +15,8 @@ from benchmarks.report import Reports, Stored, load, size_name
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/h100.json"
 PICTURES = RESULTS.with_suffix("")
+
+Row = dict[str, Any]
 
 
 def alloc_table(report: Stored) -> str:
@@ -41,13 +44,13 @@ def generate_table(report: Stored) -> str:
 
 def models_table(report: Stored) -> str:
     """One model at a time, in a session and on peers."""
-    lines: dict[str, dict[str, dict[str, Any]]] = {}
+    lines: dict[str, dict[str, Row]] = {}
     for row in report["rows"]:
         if row["at once"] == "":
             lines.setdefault(row["work"], {})[row["way"]] = row
     peers = [way for way in next(iter(lines.values())) if way not in ("session", "torch native")]
 
-    def rate(row: dict[str, Any]) -> str:
+    def rate(row: Row) -> str:
         return f"{row['rate']:.3g} {row['unit']} ({row['quartiles']})"
 
     header = "| | torch native | session, to outside | session, to native | "
@@ -64,12 +67,12 @@ def models_table(report: Stored) -> str:
 
 def at_once_table(report: Stored) -> str:
     """Several models at once: what they get done, and what more without the GIL."""
-    lines: dict[str, dict[str, dict[str, Any]]] = {}
+    lines: dict[str, dict[str, Row]] = {}
     for row in report["rows"]:
         if row["at once"] not in ("", 1):
             lines.setdefault(row["work"], {})[row["way"]] = row
 
-    def gain(row: dict[str, Any]) -> str:
+    def gain(row: Row) -> str:
         kept = " + ".join(f"{part:.2f}" for part in row["kept"])
         gil = "" if row["GIL at most"] == "" else f", GIL {row['GIL at most']:.2f}"
         return f"{row['rate']:.2f} ({kept}){gil}"
@@ -174,11 +177,11 @@ def oversubscribe_table(report: Stored) -> str:
     return _table(header, rows, report, "of how many requests")
 
 
-def _cell(row: dict[str, Any], text: Callable[[dict[str, Any]], str]) -> str:
+def _cell(row: Row, text: Callable[[Row], str]) -> str:
     return "failed" if row["failure"] else text(row)
 
 
-def _ratio(row: dict[str, Any], column: str) -> str:
+def _ratio(row: Row, column: str) -> str:
     return _cell(row, lambda row: f"{row[column]:.3f}" if row[column] != "" else "")
 
 

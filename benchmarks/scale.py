@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import pygpukit_torch as pgk
-from benchmarks.alloc import load_loop
+from benchmarks.alloc_pairs import load_loop
 from benchmarks.progress import track
 from benchmarks.report import Report, size_name
 from benchmarks.timings import CUDA, DEVICE
@@ -40,8 +40,6 @@ def run(quick: bool) -> Report:
         "scale", "a context, or a block", ["what", "count", "ours", "unit", "torch", "ratio"]
     )
     loop = load_loop()
-    if CUDA:
-        torch.cuda.init()
     loop.remember_stock(CUDA)
     pgk.initialize(device=DEVICE, total_vram=16 * GB, host_backup=0)
     for count in track([most // part for most in CONTEXTS], "contexts"):
