@@ -87,7 +87,8 @@ def run(quick: bool) -> Report:
 
     with ExitStack() as stack:
         stack.callback(pgk.shutdown)
-        stack.callback(lambda: [context.destroy() for context in pgk.list_contexts()])
+        for context in pgk.list_contexts():
+            stack.callback(context.destroy)
         processes = {
             name: stack.enter_context(started(name, "benchmarks.alloc_pairs")) for name in compared
         }

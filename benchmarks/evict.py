@@ -52,7 +52,8 @@ from benchmarks.timings import (
 )
 from pygpukit_torch import GB, KB, MB, ExecutionContext, context_session
 
-FIRST_TIMES = 3  # more of them say little, and each needs a new device
+FIRST_TIMES = 2  # more of them say little, and each needs a new device
+PEER_TIMES = 3  # each takes seconds
 GRANULARITY = 2 * MB  # of a capacity
 PAIR_BYTES = 64 * KB
 PAIRS = 2_000  # between two looks at the clock
@@ -64,8 +65,8 @@ Make = Callable[[], Tensors]
 
 def run(quick: bool) -> Report:
     """Measure. ``quick`` moves less, and fewer times."""
-    total = (GB if quick else 4 * GB) if CUDA else 32 * MB
-    repetitions = 3 if quick else 9
+    total = (GB if quick else 2 * GB) if CUDA else 32 * MB
+    repetitions = 3 if quick else 7
     pinned = Pinned(total // 4)
     report = Report(
         "evict",
@@ -83,7 +84,7 @@ def run(quick: bool) -> Report:
             "to",
         ],
     )
-    shape = (2048, 44 if total > GB else 9) if CUDA else (256, 4)
+    shape = (2048, 21 if total > GB else 9) if CUDA else (256, 4)
     sets: dict[str, Make] = {
         "few large": partial(_equal, 8, total // 8),
         "many small": partial(_equal, total // (200 * KB), 200 * KB),
@@ -97,7 +98,7 @@ def run(quick: bool) -> Report:
         _for_the_first_time(make, timings)
         _again_and_again(make, timings, pinned, repetitions)
         if name == "few large":
-            report.machine["torch_memory_saver"] = _peer(timings, repetitions)
+            report.machine["torch_memory_saver"] = _peer(timings)
         report.rows += timings.rows(name)
     report.rows += _beside_an_eviction(sets["few large"], total, repetitions)
     return report
@@ -246,14 +247,14 @@ def _again_and_again(make: Make, timings: Timings, pinned: Pinned, repetitions: 
         y.clear()
 
 
-def _peer(timings: Timings, repetitions: int) -> str:
+def _peer(timings: Timings) -> str:
     """Time torch_memory_saver; what to say of it."""
     version = memory_saver.installed()
     if version is None or not CUDA:
         return "not installed" if CUDA else "needs a GPU"
     for retained, name in ((False, ""), (True, " retained")):
         try:
-            times = memory_saver.seconds(timings.size, repetitions, retained)
+            times = memory_saver.seconds(timings.size, PEER_TIMES, retained)
         except RuntimeError as error:
             return f"{version}{name}: {error}"
         for way, values in times.items():

@@ -240,12 +240,6 @@ PLOTS: dict[str, Callable[[Stored], Figure]] = {
             else {row["way"]: row["failure"] or row["rate" if row["at once"] else "to native"]}
         ),
     ),
-    "generate": partial(
-        bars,
-        title="generate of a Llama, tokens/s",
-        groups=lambda row: f"batch {row['batch']}",
-        lengths=lambda row: {"outside": row["outside"], "in a session": row["session"]},
-    ),
     "fragmentation": partial(
         bars,
         title="Reserved at the peak beyond what was live, %",

@@ -18,28 +18,37 @@ PICTURES = RESULTS.with_suffix("")
 
 Row = dict[str, Any]
 
+HEADS = {"session": "in a session", "stock": "torch native"}
+
 
 def alloc_table(report: Stored) -> str:
-    """Allocate + free on a GPU."""
-    header = "| size | threads | torch, ns | in a session, ns | torch, M/s | in sessions, M/s |"
-    rows = [
-        f"| {size_name(row['bytes'])} | {row['threads']} | {row['stock']:.0f} "
-        f"| {row['session']:.0f} | {row['stock M/s']:.2g} | {row['session M/s']:.3g} |"
-        for row in report["rows"]
-        if row["threads"] in (1, 8)
+    """Allocate + free on a GPU, on one thread and on the most."""
+    names = [
+        "session",
+        "stock",
+        *(name for name in report["columns"] if name[:4] in ("torc", "RMM ")),
     ]
-    return _table(header, rows, report)
+    most = max(row["threads"] for row in report["rows"])
+    header = "| size | threads | " + " | ".join(HEADS.get(name, name) for name in names) + " |"
+    rows = [
+        f"| {size_name(row['bytes'])} | {row['threads']} | "
+        + " | ".join(_nanoseconds(row[name]) for name in names)
+        + " |"
+        for row in report["rows"]
+        if row["threads"] in (1, most)
+    ]
+    return _table(header, rows, report, "medians in ns")
 
 
-def generate_table(report: Stored) -> str:
-    """Tokens a second inside and outside of a session."""
-    header = "| batch | outside, tokens/s | in a session, tokens/s | ratio |"
-    rows = [
-        f"| {row['batch']} | {row['outside']:.0f} ({row['outside spread']}) | {row['session']:.0f} "
-        f"({row['session spread']}) | {row['ratio']:.3f} |"
-        for row in report["rows"]
-    ]
-    return _table(header, rows, report)
+def scale_table(report: Stored) -> str:
+    """What one context or block takes where there are more and more of them."""
+    lines: dict[str, list[str]] = {}
+    for row in report["rows"]:
+        beside = f" ({row['ratio']:.2f})" if row["ratio"] != "" else ""
+        cell = f"{row['count']:,}: {row['ours']:.3g}{beside}"
+        lines.setdefault(f"{row['what']}, {row['unit']}", []).append(cell)
+    rows = [f"| {what} | {', '.join(cells)} |" for what, cells in lines.items()]
+    return _table("| | of how many: figure (to torch's) |", rows, report, "one turn")
 
 
 def models_table(report: Stored) -> str:
@@ -177,6 +186,12 @@ def oversubscribe_table(report: Stored) -> str:
     return _table(header, rows, report, "of how many requests")
 
 
+def _nanoseconds(time: float | str) -> str:
+    if isinstance(time, float):
+        return f"{time:.0f}"
+    return "failed" if time else ""
+
+
 def _cell(row: Row, text: Callable[[Row], str]) -> str:
     return "failed" if row["failure"] else text(row)
 
@@ -199,21 +214,26 @@ def _table(header: str, rows: list[str], report: Stored, of: str = "medians") ->
     )
 
 
-TABLES: dict[str, Callable[[Stored], str]] = {
-    "alloc": alloc_table,
-    "generate": generate_table,
-    "borders": borders_table,
-    "session": session_table,
-    "evict": evict_table,
-    "qos": qos_table,
+# Of which story each is.
+TABLES: dict[str, tuple[str, Callable[[Stored], str]]] = {
+    "models": ("models", models_table),
+    "several": ("models", at_once_table),
+    "alloc": ("alloc", alloc_table),
+    "session": ("session", session_table),
+    "borders": ("borders", borders_table),
+    "fragmentation": ("fragmentation", fragmentation_table),
+    "oversubscribe": ("oversubscribe", oversubscribe_table),
+    "evict": ("evict", evict_table),
+    "qos": ("qos", qos_table),
+    "scale": ("scale", scale_table),
 }
 
 
 def filled(text: str, reports: Reports) -> str:
     """Return ``text`` with every table between its marks replaced by the one of the results."""
-    for name, table in TABLES.items():
+    for name, (story, table) in TABLES.items():
         marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        lines = table(reports[name]).replace("\\", r"\\")
+        lines = table(reports[story]).replace("\\", r"\\")
         text, count = marks.subn(rf"\g<1>{lines}\n\g<2>", text)
         if count != 1:
             raise ValueError(f"README.md must have the marks of the table {name!r} once")

@@ -94,8 +94,8 @@ def shown(value: Any) -> str:
 
 
 def size_name(size: int) -> str:
-    """Return a number of bytes in whole MiB or KiB, if it has any."""
-    for unit, scale in (("MiB", 1 << 20), ("KiB", 1 << 10)):
+    """Return a number of bytes in whole GiB, MiB or KiB, if it has any."""
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if size >= scale:
             return f"{size // scale} {unit}"
     return f"{size} B"
