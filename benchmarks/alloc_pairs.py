@@ -21,7 +21,7 @@ FEW_LIVE = 2  # of more than a gibibyte
 def load_loop() -> Any:
     """Compile and load ``alloc_loop.cpp``, once CUDA is initialized."""
     if CUDA:
-        torch.cuda.init()  # type: ignore[no-untyped-call]
+        torch.cuda.init()
     return load(
         "pygpukit_alloc_loop",
         [str(Path(__file__).with_name("alloc_loop.cpp"))],

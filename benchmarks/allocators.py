@@ -89,7 +89,7 @@ def _smallest_arena(trace: Trace) -> int:
         size = trace.peak_live_bytes * percent // 100 // 256 * 256
         try:
             arena = mr.ArenaMemoryResource(mr.CudaMemoryResource(), arena_size=size)
-            return trace.replay(_RmmMemory(arena, lambda size=size: size)).peak_reserved_bytes
+            return trace.replay(_RmmMemory(arena, partial(int, size))).peak_reserved_bytes
         except (RuntimeError, MemoryError) as error:
             if "memory" not in str(error):
                 raise

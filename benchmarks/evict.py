@@ -21,7 +21,7 @@ import statistics
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -154,7 +154,7 @@ class Pinned:
             self._at_once(copies)
             timings.add(what, Turn(now() - start, len(copies) * self._size))
 
-    def _at_once(self, copies: list[Callable[[], torch.Tensor]]) -> None:
+    def _at_once(self, copies: Sequence[Callable[[], torch.Tensor]]) -> None:
         if CUDA:
             for copy, stream in zip(copies, self._streams, strict=False):
                 with torch.cuda.stream(stream):

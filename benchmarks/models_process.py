@@ -86,7 +86,7 @@ def _in_context(name: str) -> Model:
 def _on_stream(name: str) -> Model:
     if not CUDA:
         return Model(nullcontext, _submits(PASSES[name](), None))
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream()
     border = partial(torch.cuda.stream, stream)
     with border():
         submits = _submits(PASSES[name](), stream)

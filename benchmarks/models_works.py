@@ -156,12 +156,12 @@ def _new() -> Iterator[None]:
 
 
 def _llama() -> Any:
-    return LlamaForCausalLM(llama_config(*LLAMA)).eval()  # type: ignore[no-untyped-call]
+    return LlamaForCausalLM(llama_config(*LLAMA)).eval()
 
 
 def _bert() -> Any:
     config = BertConfig() if CUDA else BertConfig(hidden_size=96, num_hidden_layers=2)
-    return BertModel(config, add_pooling_layer=False).eval()  # type: ignore[no-untyped-call]
+    return BertModel(config, add_pooling_layer=False).eval()
 
 
 def _tokens(rows: int, length: int) -> torch.Tensor:

@@ -164,7 +164,7 @@ class Pinned(Swapped):
         super().__init__(weights)
         self.copies: list[list[torch.Tensor]] = []
         # All copies in are on one stream, so the memory that one model leaves serves the next.
-        self._stream = torch.cuda.Stream() if CUDA else None  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream() if CUDA else None
 
     def make(self, index: int) -> None:
         """Make the next model, and copies of its weights."""
@@ -205,7 +205,7 @@ class Offloaded(Swapped):
 
     def make(self, index: int) -> None:
         """Make the next model, and hook it, which takes it out."""
-        from accelerate import cpu_offload_with_hook  # type: ignore[import-untyped]
+        from accelerate import cpu_offload_with_hook
 
         super().make(index)
         _, hook = cpu_offload_with_hook(self.models[index], _torch_device())

@@ -143,5 +143,5 @@ def plug_in_rmm() -> Any:
     torch.cuda.memory.change_current_allocator(
         import_module("rmm.allocators.torch").rmm_torch_allocator
     )
-    torch.cuda.init()  # type: ignore[no-untyped-call]
+    torch.cuda.init()
     return import_module("rmm").mr

@@ -21,7 +21,8 @@ class Results:
 
     def row(self, group: Group, way: str, load: str) -> Row:
         """Return the row without the ``.item()`` loop."""
-        return self._rows[(*group, way, load, "no")]
+        row: Row = self._rows[(*group, way, load, "no")]
+        return row
 
     def row_with_items(self, group: Group, way: str, load: str) -> Row | None:
         """Return the row with the ``.item()`` loop, if that was measured."""

@@ -44,7 +44,7 @@ def ways() -> list[Way]:
     """Return those that this machine has, the plainest first."""
     found = [Way(ONE_STREAM, _one_stream)]
     if CUDA:
-        highest = min(torch.cuda.Stream.priority_range())
+        highest = min(torch.cuda.Stream.priority_range())  # type: ignore[call-arg]
         found += [
             Way("two streams", partial(_two_streams, 0)),
             Way("priority", partial(_two_streams, highest)),
@@ -93,7 +93,8 @@ def _tiers(sms: str = "all", partitioned: bool = False, yields: bool = False) ->
             )
             stack.callback(context.destroy)
             borders.append(partial(pgk.context_session, context))
-        yield Sides(*borders, sms)
+        guaranteed, best_effort = borders
+        yield Sides(guaranteed, best_effort, sms)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM
@@ -57,7 +58,10 @@ class Decode:
 def requests_of(sides: Sides) -> dict[str, Callable[[], None]]:
     """Make the requests of the guaranteed side. Calling one serves it: it is done on return."""
     with sides.guaranteed():
-        works = {GRAPH: Decode(sides.capture_on), GENERATE: _generate()}
+        works: dict[str, Callable[[], object]] = {
+            GRAPH: Decode(sides.capture_on),
+            GENERATE: _generate(),
+        }
 
     def serve(work: Callable[[], object]) -> None:
         with sides.guaranteed():
@@ -93,6 +97,7 @@ def _random(*shape: int) -> torch.Tensor:
 
 def _generate() -> Callable[[], object]:
     with torch.device(DEVICE):
-        model = LlamaForCausalLM(llama_config(*LLAMA)).to(DTYPE).eval()
+        model: Any = LlamaForCausalLM(llama_config(*LLAMA))
+    model.to(dtype=DTYPE).eval()
     prompt = torch.randint(2, 32000, (1, 64), device=DEVICE)
     return partial(model.generate, prompt, max_new_tokens=NEW_TOKENS, do_sample=False)

@@ -25,7 +25,7 @@ def run(quick: bool) -> Report:
     repetitions = 5 if quick else 31
     cuda = torch.cuda.is_available()
     pgk.initialize(device="cuda" if cuda else "cpu", total_vram=4 * GB)
-    contexts = [pgk.create_context(name, 512 * MB) for name in ("a", "b")]
+    first, second = contexts = [pgk.create_context(name, 512 * MB) for name in ("a", "b")]
     report = Report(
         "session",
         "microseconds, median of all turns",
@@ -38,7 +38,7 @@ def run(quick: bool) -> Report:
             turns[name].append(measure() * 1e6)
     for name, values in turns.items():
         report.rows.append(_row(name, statistics.median(values), values))
-    longest = [_longest_entry_beside_growth(*contexts, cuda) * 1e6 for _ in range(repetitions)]
+    longest = [_longest_entry_beside_growth(first, second, cuda) * 1e6 for _ in range(repetitions)]
     report.rows.append(
         _row("longest async enter of 200 beside a growing context", max(longest), longest)
     )

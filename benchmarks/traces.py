@@ -137,7 +137,8 @@ def adversarial(steps: int) -> Trace:
 
 
 def _llama() -> LlamaForCausalLM:
-    return LlamaForCausalLM(llama_config(4096, 4)).eval()
+    model: LlamaForCausalLM = LlamaForCausalLM(llama_config(4096, 4)).eval()
+    return model
 
 
 @torch.no_grad()
@@ -174,7 +175,8 @@ class _Block(nn.Module):
         self.skip = nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.skip(x) + self.second(self.first(x))
+        output: torch.Tensor = self.skip(x) + self.second(self.first(x))
+        return output
 
 
 class _UNet(nn.Module):
@@ -204,7 +206,8 @@ class _UNet(nn.Module):
         for block in self.up:
             x = nn.functional.interpolate(x, scale_factor=2.0)
             x = block(torch.cat([x, kept.pop()], dim=1))
-        return self.end(x)
+        output: torch.Tensor = self.end(x)
+        return output
 
 
 class _Decoder(nn.Module):
@@ -223,4 +226,5 @@ class _Decoder(nn.Module):
         x = self.begin(x)
         for block in self.blocks:
             x = block(nn.functional.interpolate(x, scale_factor=2.0))
-        return self.end(x)
+        output: torch.Tensor = self.end(x)
+        return output

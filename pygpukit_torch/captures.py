@@ -40,7 +40,7 @@ def _enter_on_own_stream(self: torch.cuda.graph) -> None:
         and handle
         and not _is_one_of(self.capture_stream, handle, context.stream)
     ):
-        self.capture_stream = torch.cuda.ExternalStream(handle)  # type: ignore[no-untyped-call]
+        self.capture_stream = torch.cuda.ExternalStream(handle)
         self.stream_ctx = torch.cuda.stream(self.capture_stream)
     _enter(self)
 

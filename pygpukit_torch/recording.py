@@ -18,7 +18,7 @@ class _Storage(NamedTuple):
     number: int  # of its allocation; without meaning if the size is 0
 
 
-class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Recording(TorchDispatchMode):
     """A recording; see :func:`record`."""
 
     def __init__(self, device: torch.device) -> None:

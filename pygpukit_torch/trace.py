@@ -276,7 +276,7 @@ class TorchMemory:
     """
 
     def __init__(self) -> None:
-        torch.cuda.init()  # type: ignore[no-untyped-call]
+        torch.cuda.init()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         self._streams = [torch.cuda.current_stream()]
@@ -284,12 +284,12 @@ class TorchMemory:
     def allocate(self, size: int, stream: int) -> int:
         """Return an address. Raises ``torch.OutOfMemoryError`` if there is none."""
         while stream >= len(self._streams):
-            self._streams.append(torch.cuda.Stream())  # type: ignore[no-untyped-call]
+            self._streams.append(torch.cuda.Stream())
         return int(torch.cuda.caching_allocator_alloc(size, stream=self._streams[stream]))
 
     def free(self, address: int) -> None:
         """Take it back."""
-        torch.cuda.caching_allocator_delete(address)  # type: ignore[no-untyped-call]
+        torch.cuda.caching_allocator_delete(address)
 
     def peak_reserved_bytes(self) -> int:
         """Return what torch says of itself. Not every pluggable allocator can be asked."""
