@@ -5,16 +5,15 @@ contexts  made, entered and left, grown by their first page, asked for their usa
 blocks    that all live together in one context: nanoseconds a block to make them, to free them and
           to make them again, beside the same by torch's own allocator. New ones of 64 MiB are of
           new memory: two pages each, or a call of ``cudaMalloc``
-records   bytes of our process that a live block takes, by the pages that it grew by
+records   bytes of the heap that a live block takes, where its pages hold nothing else
 
 Growth is linear where a figure stays the same as the count grows.
 """
 
+import ctypes
 import time
-from array import array
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -121,15 +120,27 @@ def _blocks(loop: Any, size: int, count: int) -> list[dict[str, Any]]:
 def _record_bytes(count: int) -> float:
     pages = -(-count * BLOCK // PAGE)
     arena = native.Arena(PAGE, pages)
-    starts = array("I", bytes(4 * count))
-    before = _resident_bytes()
+    before = _heap_bytes()
     arena.add_pages(0, pages)
-    for index in range(count):
-        start = arena.allocate(BLOCK // 512)
-        assert start is not None
-        starts[index] = start
-    return (_resident_bytes() - before) / count
+    for _ in range(count):
+        arena.allocate(BLOCK // 512)
+    return (_heap_bytes() - before) / count
 
 
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4 * KB
+class _MallInfo(ctypes.Structure):
+    """What glibc's mallinfo2() returns."""
+
+    _fields_: ClassVar = [
+        ("arena, ordblks, smblks, hblks", ctypes.c_size_t * 4),
+        ("hblkhd", ctypes.c_size_t),
+        ("usmblks, fsmblks", ctypes.c_size_t * 2),
+        ("uordblks", ctypes.c_size_t),
+        ("fordblks, keepcost", ctypes.c_size_t * 2),
+    ]
+
+
+def _heap_bytes() -> int:
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = _MallInfo
+    info = mallinfo2()
+    return int(info.uordblks + info.hblkhd)

@@ -136,13 +136,15 @@ void Ledger::replace(Account& account, const Account& changed) {
 Ledger::Id Ledger::open(std::size_t max, std::size_t base, Tier tier, PartitionId partition,
                         std::size_t page) {
   check_limits(max, base);
+  if (page == 0) throw Error(ErrorCode::invalid_value, "a page has at least one byte");
   require_within(partition, max);
   const Account account{max, base, tier, partition, page, 0, 0};
   for (const PartitionId id : {kDevice, partition}) {
     require_admission(id, account, base, uncommitted(id));
   }
   const Id id = next_++;
-  replace(accounts_[id], account);
+  accounts_[id] = account;
+  count(account, 1);
   ++partitions_[partition].accounts;
   return id;
 }
@@ -368,9 +370,12 @@ void Ledger::check_invariants() const {
         account.unfilled(account.base);
   }
   for (std::size_t tier = 0; tier < kTiers; ++tier) {
-    for (const auto& [page, count] : unfilled_[tier]) {
-      require(count == unfilled[tier][page], "unfilled pages of bases are counted");
+    PageCounts counted = unfilled_[tier];
+    for (const auto& [page, count] : unfilled[tier]) {
+      require(count == counted[page], "unfilled pages of bases are counted");
+      counted.erase(page);
     }
+    for (const auto& [page, count] : counted) require(count == 0, "and no others");
   }
   std::size_t lent = 0;
   for (const auto& [id, partition] : partitions_) {

@@ -44,9 +44,10 @@ class Ledger {
     std::size_t evicted = 0;
     std::size_t committed() const { return base > resident ? base : resident; }
     std::size_t held() const { return resident + evicted; }
-    // Pages of a base that are not held.
-    std::size_t unfilled(std::size_t base) const {
-      return base / page - std::min(base / page, resident / page);
+    // Pages that a base promises and that are not resident. By the books: pages that are on their
+    // way back are.
+    std::size_t unfilled(std::size_t promised) const {
+      return promised / page - std::min(promised / page, resident / page);
     }
   };
   using PageCounts = std::map<std::size_t, std::size_t>;  // by the page's bytes
@@ -108,7 +109,8 @@ class Ledger {
   std::size_t uncommitted(PartitionId partition = kDevice) const;
   // Bytes of bases that others hold.
   std::size_t lent(PartitionId partition = kDevice) const;
-  // The pages of bases that are not held, of accounts of `most` and lower tiers, without `except`.
+  // The pages of bases that are not resident, of accounts of `most` and lower tiers, without
+  // `except`.
   PageCounts unfilled(Tier most = Tier::guaranteed, std::optional<Id> except = std::nullopt) const;
   // The sum of the budgets.
   std::size_t budgets(PartitionId partition) const { return find_partition(partition).budgets; }

@@ -19,13 +19,13 @@ using ContextLock = std::lock_guard<SpinLock>;
 constexpr std::size_t kLargestPage = 32 * MiB;
 constexpr std::size_t kPagesPerBudget = 64;
 
-// A thousand contexts have to share 47 bits of addresses, so a small one has only as many as it
-// needs if its budget grows to so many times itself, or to so much.
+// Contexts share 47 bits of addresses, and there may be a thousand small ones. So each has as many
+// as it needs if its budget grows to so many times itself, or to so much.
 constexpr std::size_t kMostGrowth = 16;
 constexpr std::size_t kAnyBudget = 16 * GiB;
 
 // A budget never fills its range: free gaps between live pages must still hold large blocks.
-// Segments have a zone of their own above.
+// Segments have as large a zone of their own above.
 constexpr std::size_t kRangePerBudget = 2;
 
 // Blocks that outlive their manager must still find their context by address, and be valid.
@@ -150,8 +150,9 @@ std::shared_ptr<Context> Manager::create_context(const ContextSpec& spec) {
   on_behalf_of(who, [&] { pool_.fill(page, spec.base / page, others); });
 
   const std::size_t most = std::max(kMostGrowth * spec.max, kAnyBudget);
-  const std::size_t segments = round_up(std::min(most, ledger_.capacity()), AddressTable::kUnit);
-  const std::size_t range = kRangePerBudget * segments + segments;
+  const std::size_t segments =
+      kRangePerBudget * round_up(std::min(most, ledger_.capacity()), AddressTable::kUnit);
+  const std::size_t range = 2 * segments;
   const Address address =
       on_behalf_of(who, [&] { return device_->reserve(range, AddressTable::kUnit); });
   ScopeExit unreserve([&] { device_->unreserve(address, range); });
@@ -253,7 +254,7 @@ void Manager::resize_context(Context& context, std::size_t max, std::size_t base
       if (max > most) {
         throw Error(ErrorCode::invalid_value,
                     "context '" + context.name() +
-                        "' was created with addresses for a max_vram of " + "at most " +
+                        "' was created with addresses for a max_vram of at most " +
                         format_bytes(most) + ", not " + format_bytes(max));
       }
       if (max < page) {

@@ -28,8 +28,9 @@ void Manager::trim_pool() {
   pool_.trim(keep);
 }
 
+// What is destroyed reserves nothing, and its budget is what it holds: it cannot grow any more.
 void Manager::drop_reservation(Context& context) {
-  ledger_.resize(context.id(), ledger_.account(context.id()).max, 0);
+  ledger_.resize(context.id(), ledger_.account(context.id()).held(), 0);
 }
 
 // What memory outside of contexts takes of the capacity.

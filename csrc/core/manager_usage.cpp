@@ -1,6 +1,5 @@
 // The manager's last part: what it tells about itself, in figures, in errors and in checks.
 #include <algorithm>
-#include <map>
 #include <optional>
 #include <vector>
 
@@ -206,6 +205,7 @@ void Manager::check_invariants() const {
     arena.check_invariants();
     const Ledger::Account& account = ledger_.account(context->id());
     require(arena.resident_pages() == context->pages_.size(), "a backing per page");
+    require(account.page == arena.page_bytes(), "the ledger knows the size of the pages");
     std::size_t evicted_pages = 0;
     for (const auto& [number, page] : context->pages_) {
       evicted_pages += page.handle.on_host ? 1 : 0;

@@ -21,8 +21,9 @@ inline bool profiler_sees_allocation() {
   return true;
 }
 
-// Asking takes as long as all else that a free does. A profiler that has not yet seen an allocation
-// of any context misses nothing that it knows of.
+// Asking takes as long as all else that a free does. So until the first profiler of the process
+// sees an allocation of a context, it is not told of frees: of blocks that were there before it
+// began.
 inline bool profiler_sees_free() {
   return detail::profiler_was_seen.load(std::memory_order_relaxed) && c10::memoryProfilingEnabled();
 }

@@ -394,6 +394,34 @@ def test_a_thousand_contexts_fit_the_addresses_of_a_process() -> None:
     fixture.manager.check_invariants()
 
 
+def test_a_context_can_grow_sixteenfold_and_fill_that() -> None:
+    fixture = Fixture(80 * 1024 * MB)
+    context = fixture.create("a", 2048 * MB)
+    with pytest.raises(ValueError, match=r"at most 32\.00 GiB, not 32\.01 GiB"):
+        fixture.manager.resize_context(context, 32 * 1024 * MB + 16 * MB, 0)
+    fixture.manager.resize_context(context, 32 * 1024 * MB, 1024 * MB)
+    segments = [context.allocate(2048 * MB, 0) for _ in range(16)]
+    for segment in segments[::2]:
+        context.free(segment)
+    for _ in range(4):  # none fits a gap
+        context.allocate(4096 * MB, 0)
+    fixture.manager.check_invariants()
+
+
+def test_no_host_memory_is_made_for_the_budget_of_a_destroyed_context() -> None:
+    fixture = Fixture(64 * MB)
+    gone = fixture.create("gone", 48 * MB)
+    block = gone.allocate(1024)
+    fixture.manager.destroy_context(gone)
+    usage = fixture.manager.device_usage()
+    assert [(each.name, each.orphan, each.max) for each in usage.contexts] == [
+        ("gone", True, 2 * MB)
+    ]
+    fixture.manager.check_invariants()
+    gone.free(block)
+    assert not fixture.manager.device_usage().contexts
+
+
 def test_contexts_belong_to_their_manager(fixture: Fixture) -> None:
     other = Fixture()
     context, namesake = fixture.create("a", 8 * MB), other.create("a", 8 * MB)
