@@ -23,9 +23,9 @@ LLAMA = (2048, 16) if CUDA else (64, 1)
 TRAINED = (1024, 4) if CUDA else (64, 1)
 PROMPT = 64
 NEW_TOKENS = 16 if CUDA else 2
-BATCHES, SEQUENCES = (6, 32) if CUDA else (2, 4)  # that are embedded in a turn, and in a batch
-LONGEST = 512 if CUDA else 32
-STEPS = 6 if CUDA else 2  # of training in a turn, an even number
+# Every turn has all of these in an order of its own: shapes that are new would load kernels.
+LENGTHS = (64, 192, 256, 320, 384, 512) if CUDA else (8, 32)
+SEQUENCES = 32 if CUDA else 4  # that are embedded in a batch
 ENCODED = (64, 256) if CUDA else (4, 16)  # in a forward pass beside other models
 FIRST_TOKEN, TOKENS = 2, 30_000
 
@@ -62,8 +62,8 @@ def works_of(border: Border) -> dict[str, Work]:
         )
         for batch in (1, 16)
     }
-    works["embedding"] = Work("sequences/s", BATCHES * SEQUENCES, _embedding(border))
-    works["training"] = Work("steps/s", STEPS, _training(border))
+    works["embedding"] = Work("sequences/s", len(LENGTHS) * SEQUENCES, _embedding(border))
+    works["training"] = Work("steps/s", len(LENGTHS), _training(border))
     return works
 
 
@@ -91,8 +91,8 @@ def _embedding(border: Border) -> Turn:
         return means
 
     def turn(choice: random.Random) -> None:
-        for _ in range(BATCHES):
-            lengths = [choice.randrange(LONGEST // 32, LONGEST + 1) for _ in range(SEQUENCES)]
+        for longest in _shuffled(choice):
+            lengths = [longest, *(choice.randint(1, longest) for _ in range(SEQUENCES - 1))]
             with border():
                 means = embedded(lengths)
             means.cpu()
@@ -101,22 +101,24 @@ def _embedding(border: Border) -> Turn:
 
 
 def _training(border: Border) -> Turn:
-    """Train with AdamW on batches of all lengths. Every turn has as many tokens."""
+    """Train with AdamW on batches of all lengths."""
     with border(), _new():
         model = LlamaForCausalLM(llama_config(*TRAINED)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def turn(choice: random.Random) -> None:
         with border():
-            for _ in range(STEPS // 2):
-                length = choice.randrange(LONGEST // 8, LONGEST)
-                for each in (length, LONGEST + LONGEST // 8 - length):
-                    ids = _tokens(4, each)
-                    model(input_ids=ids, labels=ids).loss.backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
+            for length in _shuffled(choice):
+                ids = _tokens(4, length)
+                model(input_ids=ids, labels=ids).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
 
     return turn
+
+
+def _shuffled(choice: random.Random) -> list[int]:
+    return choice.sample(LENGTHS, len(LENGTHS))
 
 
 # Several at once ---------------------------------------------------------------------------------

@@ -1,9 +1,6 @@
 """The story of more models than fit: its parts, and all of it on the host device."""
 
 import gc
-import json
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +30,7 @@ from benchmarks.oversubscribe_work import (
     weight_bytes,
 )
 from pygpukit_torch import GB
+from tests.quick_benchmarks import QuickBenchmarks
 
 ROOT = Path(__file__).parents[1]
 
@@ -321,16 +319,11 @@ def test_failures_are_reported_in_their_rows() -> None:
 # All of it ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+@pytest.fixture
+def report(quick_benchmarks: QuickBenchmarks) -> dict[str, Any]:
     """What the story says on this machine; as if it had a GPU, which tables name."""
-    path = tmp_path_factory.mktemp("oversubscribe") / "result.json"
-    command = [sys.executable, "-m", "benchmarks", "oversubscribe", "--quick", "--json", str(path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    found: dict[str, Any] = json.loads(path.read_text())
-    found["machine"]["gpu"] = "GPU"
-    return found
+    found = quick_benchmarks.reports["oversubscribe"]
+    return found | {"machine": found["machine"] | {"gpu": "GPU"}}
 
 
 def test_every_way_serves_every_order_and_answers_the_same(report: dict[str, Any]) -> None:
@@ -365,16 +358,14 @@ def test_figures(report: dict[str, Any]) -> None:
             assert row["GiB moved"] * GB > 0.9 * weight_bytes()
 
 
-def test_the_table(report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table(report: dict[str, Any]) -> None:
     (broken,) = (
         row
         for row in report["rows"]
         if (row["VRAM"], row["order"], row["way"]) == ("3x", SKEWED, "accelerate, models")
     )
     rows = [row | {"failure": "broken"} if row is broken else row for row in report["rows"]]
-    (tmp_path / "oversubscribe-h100.json").write_text(json.dumps(report | {"rows": rows}))
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    lines = readme.oversubscribe_table().splitlines()
+    lines = readme.oversubscribe_table(report | {"rows": rows}).splitlines()
     columns = lines[0].count("|")
     assert columns == 6
     assert all(line.count("|") == columns for line in lines[:-2])
