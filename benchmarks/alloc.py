@@ -21,6 +21,7 @@ from benchmarks.timings import CUDA, DEVICE
 from pygpukit_torch import GB, KB, MB
 
 SIZES = [512, 4 * KB, 64 * KB, 1 * MB, 8 * MB, 64 * MB]
+BY_THREADS = 64 * KB  # on all numbers of threads; the others on one and the most
 # On one thread, where there is so much memory: all sides keep what they have got.
 LARGE_SIZES = [512 * MB, 8 * GB]
 PEERS_EVERY = 3  # turns
@@ -45,7 +46,12 @@ def run(quick: bool) -> Report:
     pgk.initialize(device=DEVICE, total_vram=20 * GB if CUDA else 4 * GB)
     threads = [count for count in (1, 2, 4, 8) if count <= max(2, len(os.sched_getaffinity(0)))]
     contexts = [pgk.create_context(f"bench-{i}", 1 * GB) for i in range(threads[-1])]
-    cases = [(size, contexts[:count]) for size in SIZES for count in threads]
+    cases = [
+        (size, contexts[:count])
+        for size in SIZES
+        for count in threads
+        if count in (1, threads[-1]) or size == BY_THREADS
+    ]
     if CUDA:
         large = pgk.create_context("large", 18 * GB)
         cases += [(size, [large]) for size in LARGE_SIZES]

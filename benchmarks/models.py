@@ -82,7 +82,7 @@ class Size:
     seconds: float
 
 
-FULL = Size(9, 0.2)
+FULL = Size(7, 0.2)
 QUICK = Size(4, 0.05)
 ALL_EVERY = 3  # turns; the others are for sessions, and what is outside of them
 

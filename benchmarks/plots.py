@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.typing import RcKeyType
 
-from benchmarks.qos_results import Results
+from benchmarks.qos_results import SHOWN, Results
 from benchmarks.report import Reports, Stored, size_name
 
 Row = dict[str, Any]
@@ -147,7 +147,7 @@ def qos(report: Stored) -> Figure:
     widths = [width for load in results.loads for width in (2, 0.1 if load == "nothing" else 1)]
     figure = Figure((1.2 * sum(widths), BAR * (len(ways) + 1) * rows + 1.2), layout="constrained")
     figure.suptitle(
-        f"p99 of requests beside best effort, by way to share the device ({_machine(report)})\n"
+        f"Latency of requests beside best effort, by way to share the device ({_machine(report)})\n"
         "blue: to that alone on one stream; circle: the same beside an .item() loop; green: aim; "
         "orange: what best effort keeps of its rate alone",
         size="medium",
@@ -160,7 +160,9 @@ def qos(report: Stored) -> Figure:
             ratios, kept = grid[line][2 * column : 2 * column + 2]
             for y, way in enumerate(results.ways):
                 row = results.row(group, way, load)
-                _ratio(ratios, y, row, results.row_with_items(group, way, load))
+                with_items = results.row_with_items(group, way, load)
+                beside_items = results.ratio(with_items) if with_items else None
+                _ratio(ratios, y, results.ratio(row), beside_items)
                 if row["kept"] != "":
                     bar = kept.barh(y, min(row["kept"], 1), 0.7, color="C1")
                     kept.bar_label(bar, [f"{row['kept']:.0%}"], padding=2)
@@ -173,17 +175,23 @@ def qos(report: Stored) -> Figure:
             kept.set_xlim(0, 1.6)
             kept.set_axis_off()
         grid[line][0].set_yticks(ways, results.ways)
-        grid[line][0].set_ylabel(", ".join(group))
+        grid[line][0].set_ylabel(f"{', '.join(group)}\n{SHOWN[group[0]]}")
     grid[0][0].invert_yaxis()
     return figure
 
 
-def _ratio(axes: Axes, y: int, row: Row, with_items: Row | None) -> None:
-    axes.barh(y, min(row["p99 ratio"], LARGEST), 0.7, color="C0")
-    axes.text(1.05 * LARGEST, y, f"{row['p99 ratio']:.2f}", va="center")
-    if with_items:
-        ratio = min(with_items["p99 ratio"], LARGEST)
-        axes.plot(ratio, y, "o", markerfacecolor="white", markeredgecolor="black", markersize=4)
+def _ratio(axes: Axes, y: int, ratio: float, beside_items: float | None) -> None:
+    axes.barh(y, min(ratio, LARGEST), 0.7, color="C0")
+    axes.text(1.05 * LARGEST, y, f"{ratio:.2f}", va="center")
+    if beside_items:
+        axes.plot(
+            min(beside_items, LARGEST),
+            y,
+            "o",
+            markerfacecolor="white",
+            markeredgecolor="black",
+            markersize=4,
+        )
 
 
 # What is drawn of each story ---------------------------------------------------------------------

@@ -86,7 +86,7 @@ class Size:
     beside_items: tuple[str, ...]
 
 
-FULL = Size(2, {GRAPH: (55, 0.8), GENERATE: (40, 0.5), NOTHING: (0, 0.12)}, (GRAPH, GENERATE))
+FULL = Size(2, {GRAPH: (55, 0.8), GENERATE: (40, 0.4), NOTHING: (0, 0.12)}, (GRAPH, GENERATE))
 QUICK = Size(1, {GRAPH: (20, 0.08), GENERATE: (2, 0.08), NOTHING: (0, 0.05)}, (GRAPH,))
 
 

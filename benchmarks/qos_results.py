@@ -6,6 +6,10 @@ Row = dict[str, Any]
 Group = tuple[str, str]
 
 
+# Of the few requests of ``generate`` the p99 is the slowest, and says more of the machine.
+SHOWN = {"graph": "p99", "generate": "p90"}
+
+
 class Results:
     """The rows that have latencies. A group is a request and a regime."""
 
@@ -23,6 +27,13 @@ class Results:
         """Return the row without the ``.item()`` loop."""
         row: Row = self._rows[(*group, way, load, "no")]
         return row
+
+    def ratio(self, row: Row) -> float:
+        """Return the latency that is shown of the row, to that alone in the first way."""
+        alone = self.row((row["request"], row["regime"]), self.ways[0], self.loads[0])
+        percentile = SHOWN[row["request"]]
+        ratio: float = row[percentile] / alone[percentile]
+        return ratio
 
     def row_with_items(self, group: Group, way: str, load: str) -> Row | None:
         """Return the row with the ``.item()`` loop, if that was measured."""

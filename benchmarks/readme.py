@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.plots import draw
-from benchmarks.qos_results import Group, Results
+from benchmarks.qos_results import SHOWN, Group, Results
 from benchmarks.report import Reports, Stored, load, size_name
 
 ROOT = Path(__file__).parents[1]
@@ -153,18 +153,21 @@ def qos_table(report: Stored) -> str:
 
     def cell(group: Group, way: str, load: str) -> str:
         row, with_items = results.row(group, way, load), results.row_with_items(group, way, load)
-        ratios = " / ".join(f"{each['p99 ratio']:.2f}" for each in (row, with_items) if each)
+        ratios = " / ".join(f"{results.ratio(each):.2f}" for each in (row, with_items) if each)
         return ratios if row["kept"] == "" else f"{ratios} ({row['kept']:.0%})"
 
     header = "| request | way | SMs | " + " | ".join(f"beside {it}" for it in results.loads) + " |"
+    sms = {
+        way: results.row(results.groups[0], way, results.loads[0])["SMs"] for way in results.ways
+    }
     rows = [
-        f"| {', '.join(group)} | {way} | {results.row(group, way, results.loads[0])['SMs']} | "
+        f"| {', '.join(group)}, {SHOWN[group[0]]} | {way} | {sms[way]} | "
         + " | ".join(cell(group, way, load) for load in results.loads)
         + " |"
         for group in results.groups
         for way in results.ways
     ]
-    return _table(header, rows, report, "p99")
+    return _table(header, rows, report, "percentiles")
 
 
 def oversubscribe_table(report: Stored) -> str:
@@ -222,7 +225,6 @@ TABLES: dict[str, tuple[str, Callable[[Stored], str]]] = {
     "session": ("session", session_table),
     "borders": ("borders", borders_table),
     "fragmentation": ("fragmentation", fragmentation_table),
-    "oversubscribe": ("oversubscribe", oversubscribe_table),
     "evict": ("evict", evict_table),
     "qos": ("qos", qos_table),
     "scale": ("scale", scale_table),

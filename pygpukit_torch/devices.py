@@ -1,6 +1,7 @@
 """The kinds of device: what has to be made and installed for contexts on each."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -30,8 +31,8 @@ class Backend(ABC):
         """Put torch's allocator back."""
 
     @abstractmethod
-    def context_destroyed(self, context: native.Context) -> None:
-        """Give back what torch itself keeps of the context's memory, as far as it can."""
+    def context_destroyed(self, context: native.Context, others: Iterable[native.Context]) -> None:
+        """Give back what torch itself keeps of the context's memory, as far as ``others`` let it."""
 
 
 def open_backend(settings: Settings) -> Backend:
@@ -73,7 +74,7 @@ class _Host(Backend):
     def uninstall(self) -> None:
         native.uninstall_cpu_allocator()
 
-    def context_destroyed(self, context: native.Context) -> None:
+    def context_destroyed(self, context: native.Context, others: Iterable[native.Context]) -> None:
         pass
 
 
@@ -103,12 +104,13 @@ class _Cuda(Backend):
         if self.settings.install:
             native.uninstall_cuda_allocator()
 
-    def context_destroyed(self, context: native.Context) -> None:
+    def context_destroyed(self, context: native.Context, others: Iterable[native.Context]) -> None:
         # Torch keeps cuBLAS workspaces by stream, and can only give up all of them. A graph may
         # hold their addresses, a session that runs be about to use them: then it is left to the
         # next time.
-        active = any(usage.sessions for usage in self.manager.device_usage().contexts)
-        if context.used_bytes and not active and not native.has_cuda_pools():
+        if not context.used_bytes or native.has_cuda_pools():
+            return
+        if not any(other.sessions for other in others):
             torch._C._cuda_clearCublasWorkspaces()
 
 

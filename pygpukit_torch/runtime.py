@@ -100,7 +100,8 @@ class Runtime:
         with self.lock:
             self.manager.destroy_context(context._native)
             del self._contexts[context.name]
-            self.backend.context_destroyed(context._native)
+            others = (other._native for other in self._contexts.values())
+            self.backend.context_destroyed(context._native, others)
 
     def get(self, name: str) -> ExecutionContext:
         """Find a context by name. Raises ContextNotFoundError."""

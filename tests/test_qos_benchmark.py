@@ -16,6 +16,7 @@ from benchmarks import latency
 from benchmarks.beside import Operation, completions, repeated
 from benchmarks.latency import back_to_back, open_loop, percentile, poisson_arrivals
 from benchmarks.plots import qos
+from benchmarks.qos_results import Results
 from benchmarks.qos_ways import ways
 from benchmarks.readme import qos_table
 from tests.quick_benchmarks import QuickBenchmarks
@@ -234,8 +235,18 @@ def test_the_table(report: dict[str, Any]) -> None:
         if (row["way"], row["request"]) == ("tiers", "graph")
         and (row["regime"], row["beside"]) == ("Poisson", "copies")
     )
-    (line,) = (line for line in lines if line.startswith("| graph, Poisson | tiers |"))
+    (line,) = (line for line in lines if line.startswith("| graph, Poisson, p99 | tiers |"))
     assert f"| {row['p99 ratio']:.2f} ({row['kept']:.0%}) |" in line
+
+
+def test_what_is_shown_of_a_request(report: dict[str, Any]) -> None:
+    results = Results(report)
+    for load in results.loads:
+        row = results.row(("graph", "closed"), "tiers", load)
+        assert results.ratio(row) == pytest.approx(row["p99 ratio"])
+        group = ("generate", "Poisson")
+        row, alone = results.row(group, "tiers", load), results.row(group, "one stream", "nothing")
+        assert results.ratio(row) == row["p90"] / alone["p90"]
 
 
 def test_the_picture(report: dict[str, Any]) -> None:
@@ -246,7 +257,8 @@ def test_the_picture(report: dict[str, Any]) -> None:
     measured = [row for row in report["rows"] if row["regime"]]
     plain = [row for row in measured if row[".item()"] == "no"]
     kept = [f"{row['kept']:.0%}" for row in plain if row["kept"] != ""]
-    assert texts == Counter([f"{row['p99 ratio']:.2f}" for row in plain] + kept)
+    ratios = [f"{Results(report).ratio(row):.2f}" for row in plain]
+    assert texts == Counter(ratios + kept)
     circles = [line for each in axes for line in each.lines if line.get_marker() == "o"]
     assert len(circles) == len(measured) - len(plain)
     left, right = axes[0].get_xlim()
