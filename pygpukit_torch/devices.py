@@ -32,7 +32,7 @@ class Backend(ABC):
 
     @abstractmethod
     def context_destroyed(self, context: native.Context, others: Iterable[native.Context]) -> None:
-        """Give back what torch itself keeps of the context's memory, as far as ``others`` let it."""
+        """Give back what torch itself keeps of the context's memory, if ``others`` let it."""
 
 
 def open_backend(settings: Settings) -> Backend:
