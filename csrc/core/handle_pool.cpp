@@ -86,6 +86,20 @@ void HandlePool::even_out(const Keep& keep) {
   }
 }
 
+void HandlePool::make_up(const Keep& keep, std::size_t lent) {
+  std::size_t needed = 0;
+  for (const auto& [size, count] : keep) needed += size * count;
+  const std::size_t bytes = device_.properties().granularity;
+  try {
+    while (pooled_bytes() + lent < needed &&
+           existing_bytes_ + bytes <= device_.properties().capacity) {
+      shelves_[bytes].push_back(create(bytes, keep));
+    }
+  } catch (const Error&) {
+    // It comes back with what was lent.
+  }
+}
+
 void HandlePool::trim(const Keep& keep) {
   for (auto& [size, handles] : shelves_) {
     try {

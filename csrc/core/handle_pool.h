@@ -32,6 +32,10 @@ class HandlePool {
   // As far as it can be done, makes handles of each size as many as should stay, out of others.
   void even_out(const Keep& keep);
 
+  // Where less is pooled than what should stay and is not `lent`, makes small handles that stand in
+  // for it, as far as the device has memory: else others could take that.
+  void make_up(const Keep& keep, std::size_t lent);
+
   // Releases all that need not stay. What the device refuses to release stays pooled.
   void trim(const Keep& keep = {});
 

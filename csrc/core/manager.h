@@ -195,6 +195,7 @@ class Manager : public std::enable_shared_from_this<Manager> {
   struct Survey {
     std::size_t cached = 0;  // bytes in pages without live blocks
     std::size_t cached_by_mates = 0;
+    std::size_t cached_beyond_bases = 0;
     std::vector<Holder> holders;
   };
 

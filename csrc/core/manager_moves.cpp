@@ -140,6 +140,7 @@ std::optional<Error> Manager::choose_ins(Context& context, Round& round) {
   const ContextLock lock(context.mutex_);
   const HandlePool::Keep others = promised_to_others(context);
   const HandlePool::Keep not_lent = not_lent_to(context);
+  const ScopeExit make_up([this] { pool_.make_up(ledger_.unfilled(), ledger_.lent()); });
   try {
     for (const std::uint32_t number : context.live_pages(/*evicted=*/true)) {
       if (round.ins_left() == 0 || ledger_.restorable(context.id()) < bytes) break;

@@ -199,6 +199,7 @@ void Manager::map_pages(Context& context, Arena::PageRun pages, Arena::Lane lane
   } catch (const Error& error) {
     device_said_ = error.what();
   }
+  pool_.make_up(ledger_.unfilled(), ledger_.lent());
   context.counters_.pages_mapped += mapped;
   if (mapped > 0) context.arena_.add_pages({pages.first, mapped}, lane);
 }
@@ -374,24 +375,26 @@ void Manager::reclaim_for(const Context& context, std::size_t bytes) {
   reclaim([&] { return ledger_.shortage(id, bytes); }, spare_within(Ledger::kDevice), &context);
 }
 
-// The same for a reservation, unless it would not suffice.
+// The same for a reservation, unless it would not suffice. What is lent has to come back first.
 void Manager::reclaim_for_base(std::size_t base, Ledger::PartitionId partition,
                                const Context* except) {
-  std::size_t reachable = ledger_.uncommitted(partition);
-  if (reachable >= base) return;
-  const auto beyond = [&](const Context& context, std::size_t kept) {
-    const Ledger::Account& account = ledger_.account(context.id());
-    return Ledger::is_in(account, partition) ? account.committed() - std::max(kept, account.base)
-                                             : 0;
+  if (ledger_.uncommitted(partition) >= base) return;
+  const auto missing = [&] {
+    const std::size_t needed = base + ledger_.lent(partition);
+    return needed - std::min(needed, ledger_.uncommitted(partition));
   };
+  const auto beyond = [&](const Context& context, std::size_t kept) {
+    const Ledger::Account& held = ledger_.account(context.id());
+    return Ledger::is_in(held, partition) ? held.committed() - std::max(kept, held.base) : 0;
+  };
+  std::size_t reachable = 0;
   for (const Context* context : all()) {
     if (context == except) continue;
     const ContextLock lock(context->mutex_);
     reachable += beyond(*context, protected_bytes(*context));
   }
-  if (reachable < base) return;
-  reclaim([&] { return base - std::min(base, ledger_.uncommitted(partition)); },
-          [&](const Context& context) { return beyond(context, 0); }, except);
+  if (reachable < missing()) return;
+  reclaim(missing, [&](const Context& context) { return beyond(context, 0); }, except);
 }
 
 }  // namespace pgk

@@ -26,6 +26,7 @@ void Manager::trim_pool() {
   const HandlePool::Keep keep = ledger_.unfilled();
   pool_.even_out(keep);
   pool_.trim(keep);
+  pool_.make_up(keep, ledger_.lent());
 }
 
 // What is destroyed reserves nothing, and its budget is what it holds: it cannot grow any more.

@@ -60,6 +60,8 @@ Manager::Survey Manager::survey(const Context* claimant,
     holder.mate = Ledger::is_in(*standing.account, partition);
     survey.cached += cached;
     survey.cached_by_mates += holder.mate ? cached : 0;
+    const Ledger::Account& account = *standing.account;
+    survey.cached_beyond_bases += std::min(cached, account.committed() - account.base);
     if (standing.is_pinned || (holder.tier > tier && !holder.orphan)) continue;
     holder.spare = std::min(holder.spare, (spare - cached) / holder.page * holder.page);
     survey.holders.push_back(holder);
@@ -82,7 +84,8 @@ std::size_t Manager::obtainable(const Context& claimant, bool of_base,
   return std::min({reachable(ledger_.free_for(id), others.cached, ledger_.shortage(id, 0), false),
                    reachable(ledger_.free_in_partition(id), others.cached_by_mates,
                              ledger_.shortage_in_partition(id, 0), true),
-                   ledger_.allowance(id) + others.cached});
+                   // Within a base there is only a loan to be had, whoever holds it.
+                   ledger_.allowance(id) + others.cached_beyond_bases});
 }
 
 }  // namespace pgk

@@ -18,6 +18,9 @@ from pygpukit_torch.native import Device, Tier
 
 MB = 1 << 20
 SIZES = st.integers(1, 24).map(lambda n: n * MB // 2)
+SHARES = st.sampled_from([0, 0, 1, 2])  # half of a budget that is reserved
+LIMITS = st.one_of(st.none(), st.integers(1, 32))  # of a partition's memory, in MiB
+PARTS = st.sampled_from([None, 0.25, 0.5, 0.75])  # of the processors
 GROUPS = [8, 8, 8, 12]  # of processors
 REFUSALS = (torch.OutOfMemoryError, AdmissionError, DeviceError)
 
@@ -58,11 +61,25 @@ class ManagerMachine(RuleBasedStateMachine):
     is thereby tested too; only a fault that strikes in the very operation excuses a refusal.
     """
 
-    @initialize(scale=st.sampled_from([1, 16]), backup=st.sampled_from([0, 1, 4, 16]))
-    def start(self, scale: int, backup: int) -> None:
+    @initialize(
+        data=st.data(),
+        scale=st.sampled_from([1, 16]),
+        backup=st.sampled_from([16, 4, 1, 0]),
+        partitions=st.lists(st.tuples(LIMITS, PARTS), max_size=2),
+        contexts=st.lists(st.tuples(SIZES, SHARES, st.booleans()), min_size=1, max_size=4),
+    )
+    def start(
+        self,
+        data: st.DataObject,
+        scale: int,
+        backup: int,
+        partitions: list[tuple[int | None, float | None]],
+        contexts: list[tuple[int, int, bool]],
+    ) -> None:
         """At the larger scale budgets have pages of 2, 4 and 8 MiB, at the smaller of 2 only.
 
-        The host memory for evicted pages is none, or a quarter of the capacity and more.
+        The host memory for evicted pages is none, or a quarter of the capacity and more. There are
+        contexts from the start: without any, most rules have nothing to do.
         """
         self.scale = scale
         self.capacity = 32 * MB * scale
@@ -80,6 +97,10 @@ class ManagerMachine(RuleBasedStateMachine):
         self.orphans: list[Model] = []
         self.serial = 0
         self.fault_at = 0
+        for each in partitions:
+            self.create_partition(*each)
+        for each in contexts:
+            self.create(data, *each)
 
     def attempt(self, operation: Callable[[], Any]) -> tuple[Any, Exception | None, bool]:
         """What it returned, what it raised, and whether the fault struck in it."""
@@ -92,12 +113,7 @@ class ManagerMachine(RuleBasedStateMachine):
         struck = before < self.fault_at <= self.device.count(Device.Call.any)
         return result, error, struck
 
-    @rule(
-        data=st.data(),
-        size=SIZES,
-        share=st.sampled_from([0, 0, 1, 2]),
-        best_effort=st.booleans(),
-    )
+    @rule(data=st.data(), size=SIZES, share=SHARES, best_effort=st.booleans())
     def create(self, data: st.DataObject, size: int, share: int, best_effort: bool) -> None:
         size = max(size, 2 * MB) * self.scale
         base = size * share // 2
@@ -135,10 +151,7 @@ class ManagerMachine(RuleBasedStateMachine):
         ]
         return limit - sum(max(usage.base, usage.resident) for usage in usages)
 
-    @rule(
-        limit=st.one_of(st.none(), st.integers(1, 32)),
-        share=st.sampled_from([None, 0.25, 0.5, 0.75]),
-    )
+    @rule(limit=LIMITS, share=PARTS)
     def create_partition(self, limit: int | None, share: float | None) -> None:
         self.serial += 1
         id = f"p{self.serial}"
@@ -197,7 +210,7 @@ class ManagerMachine(RuleBasedStateMachine):
                 assert struck or max(usage.base, usage.resident) > unused
 
     @precondition(lambda self: self.live)
-    @rule(data=st.data(), size=st.one_of(st.integers(1, 4096), st.integers(1, 8 * MB)))
+    @rule(data=st.data(), size=st.one_of(st.integers(1, 4096), st.integers(4 * MB, 16 * MB)))
     def allocate(self, data: st.DataObject, size: int) -> None:
         model = data.draw(st.sampled_from(self.live), label="context")
         size *= self.scale

@@ -422,6 +422,40 @@ def test_no_host_memory_is_made_for_the_budget_of_a_destroyed_context() -> None:
     assert not fixture.manager.device_usage().contexts
 
 
+def test_a_reservation_stays_physical_where_smaller_pages_of_it_are_lent() -> None:
+    manager = native.Manager(native.HostDevice(512 * MB), host_backup=512 * MB)
+    manager.create_context("reserved", 448 * MB, 448 * MB, Tier.guaranteed)  # in pages of 4 MiB
+    small = manager.create_context("small", 32 * MB, 0, Tier.burstable)  # of 2 MiB
+    large = manager.create_context("large", 256 * MB, 0, Tier.burstable)
+    small.allocate(MB)
+    large.allocate(64 * MB)
+    manager.check_invariants()
+    usage = manager.device_usage()
+    assert usage.resident == 66 * MB
+    assert usage.pooled == 446 * MB  # and 2 are lent
+
+
+def test_a_base_gets_back_what_is_lent_first() -> None:
+    manager = native.Manager(native.HostDevice(32 * MB), host_backup=32 * MB)
+    borrower = manager.create_context("borrower", 8 * MB, 0, Tier.burstable)
+    reserved = 51 * MB // 2
+    manager.create_context("reserved", reserved, reserved, Tier.guaranteed)
+    borrower.free(borrower.allocate(8 * MB))  # 1.5 MiB of it are lent
+    manager.create_context("new", 2 * MB, MB, Tier.burstable)
+    assert manager.usage(borrower).resident == 4 * MB
+    manager.check_invariants()
+
+
+def test_free_pages_within_a_base_cannot_be_lent_without_host_memory(fixture: Fixture) -> None:
+    reserved = fixture.create("reserved", 60 * MB, 60 * MB)
+    reserved.free(reserved.allocate(4 * MB))
+    fixture.create("other", 4 * MB, 3 * MB)
+    small = fixture.create("small", 2 * MB)
+    assert fixture.manager.usage(small).available == 0
+    with pytest.raises(torch.OutOfMemoryError):
+        small.allocate(1)
+
+
 def test_contexts_belong_to_their_manager(fixture: Fixture) -> None:
     other = Fixture()
     context, namesake = fixture.create("a", 8 * MB), other.create("a", 8 * MB)
