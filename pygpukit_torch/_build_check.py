@@ -37,5 +37,8 @@ def check_this_build() -> None:
         from pygpukit_torch._build import SOURCES, TORCH_VERSION
     except ModuleNotFoundError:
         here = str(Path(__file__).parents[1])
-        raise ImportError(f"pygpukit_torch has not been built. Build it: {mend(here)}") from None
+        raise ImportError(
+            f"pygpukit_torch has not been built in {here}, from where Python imports it. If it is "
+            f"installed, start Python in another folder; else build it: {mend(here)}"
+        ) from None
     check(TORCH_VERSION, torch.__version__, SOURCES)

@@ -30,7 +30,7 @@ def info() -> list[tuple[str, str]]:
         ("CPU tensors", _or_why(_host_device_works)),
         ("CUDA tensors", _or_why(_cuda_works)),
         ("eviction", _or_why(_eviction_works)),
-        ("partitions", "not available: come with a later version"),
+        ("partitions", _or_why(_partitions_work)),
         *((f"for the demo: {package}", _installed(package)) for package in DEMO_PACKAGES),
     ]
 
@@ -60,10 +60,21 @@ def _cuda_works() -> str:
     return "available: contexts with budgets and reservations"
 
 
+def _device() -> native.Device:
+    if why_no_cuda():
+        return native.HostDevice(native.HostDevice.GRANULARITY)
+    return native.CudaDevice()
+
+
+def _partitions_work() -> str:
+    device = _device()
+    if not device.processor_groups:
+        return f"of memory only ({device.why_undivided})"
+    return f"of memory, and of {sum(device.processor_groups)} SMs"
+
+
 def _eviction_works() -> str:
-    device = (
-        native.HostDevice(native.HostDevice.GRANULARITY) if why_no_cuda() else native.CudaDevice()
-    )
+    device = _device()
     if not device.can_move:
         return "not available: the driver does not map host memory at device addresses"
     fingerprints = (
