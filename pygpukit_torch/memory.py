@@ -23,7 +23,8 @@ def check_bytes(name: str, value: object, *, least: int = 1) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
-            f"{name} must be a whole number of bytes (int), got {type(value).__name__} {value!r}"
+            f"{name} must be a whole number of bytes (an int, as 4 * GB), "
+            f"got {type(value).__name__} {value!r}"
         )
     if not least <= value <= _LARGEST:
         bound = "positive" if least == 1 else f"at least {least}"

@@ -149,7 +149,9 @@ def create_context(
     if not name.isprintable():  # neither control characters nor halves of surrogate pairs
         raise ValueError(f"name must be printable text, got {name!r}")
     if not isinstance(qos, QoSPolicy):
-        raise TypeError(f"qos must be a QoSPolicy, got {type(qos).__name__} {qos!r}")
+        raise TypeError(
+            f"qos must be a QoSPolicy, as QoSPolicy.GUARANTEED; got {type(qos).__name__} {qos!r}"
+        )
     max_vram = check_bytes("max_vram", max_vram)
     if base_vram is None:
         base_vram = max_vram if qos is QoSPolicy.GUARANTEED else 0

@@ -248,7 +248,7 @@ WRONG_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "float size": (
         lambda: pgk.create_context("b", 0.5 * GB),  # type: ignore[arg-type]
         TypeError,
-        r"max_vram must be a whole number of bytes \(int\), got float",
+        r"max_vram must be a whole number of bytes \(an int, as 4 \* GB\), got float",
     ),
     "text size": (
         lambda: pgk.create_context("b", "4GB"),  # type: ignore[arg-type]
@@ -279,7 +279,7 @@ WRONG_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "tier of a wrong type": (
         lambda: pgk.create_context("b", 8 * MB, qos="guaranteed"),  # type: ignore[arg-type]
         TypeError,
-        "qos must be a QoSPolicy, got str",
+        r"qos must be a QoSPolicy, as QoSPolicy\.GUARANTEED; got str",
     ),
     "unknown partition": (
         lambda: pgk.create_context("b", 8 * MB, partition="left"),
