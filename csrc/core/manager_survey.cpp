@@ -54,13 +54,12 @@ Manager::Survey Manager::survey(const Context* claimant,
   for (const Standing& standing : standings) {
     Holder holder = standing.holder;
     if (claimant != nullptr && holder.id == claimant->id()) continue;
-    const std::size_t spare =
-        claimant == nullptr ? standing.account->resident : Ledger::spare(*standing.account, tier);
+    const Ledger::Account& account = *standing.account;
+    const std::size_t spare = claimant == nullptr ? account.resident : Ledger::spare(account, tier);
     const std::size_t cached = std::min(spare, standing.cached);
-    holder.mate = Ledger::is_in(*standing.account, partition);
+    holder.mate = Ledger::is_in(account, partition);
     survey.cached += cached;
     survey.cached_by_mates += holder.mate ? cached : 0;
-    const Ledger::Account& account = *standing.account;
     survey.cached_beyond_bases += std::min(cached, account.committed() - account.base);
     if (standing.is_pinned || (holder.tier > tier && !holder.orphan)) continue;
     holder.spare = std::min(holder.spare, (spare - cached) / holder.page * holder.page);
