@@ -32,7 +32,7 @@ Border = Callable[[], AbstractContextManager[object]]
 
 def run(quick: bool) -> Report:
     """Measure. ``quick`` runs fewer repetitions."""
-    repetitions = 40 if quick else 200
+    repetitions = 40 if quick else 120
     pgk.initialize(device="cuda", total_vram=16 * GB)
     high = pgk.create_context("guaranteed", GB, qos=QoSPolicy.GUARANTEED)
     low = pgk.create_context("best effort", 4 * GB, qos=QoSPolicy.BEST_EFFORT)

@@ -66,7 +66,7 @@ Make = Callable[[], Tensors]
 def run(quick: bool) -> Report:
     """Measure. ``quick`` moves less, and fewer times."""
     total = (GB if quick else 2 * GB) if CUDA else 32 * MB
-    repetitions = 3 if quick else 7
+    repetitions = 3 if quick else 5
     pinned = Pinned(total // 4)
     report = Report(
         "evict",

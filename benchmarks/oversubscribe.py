@@ -110,7 +110,7 @@ class Size:
     seconds_if_slow: float
 
 
-FULL = Size(2, 50, 1.6, 0.3)
+FULL = Size(2, 50, 1.3, 0.3)
 QUICK = Size(1, 8, 0.3, 0.3)
 
 

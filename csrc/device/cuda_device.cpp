@@ -114,6 +114,7 @@ Handle CudaDevice::do_create(std::size_t bytes) {
 
 Handle CudaDevice::do_create_host(std::size_t bytes) {
   const Scope scope(*this);
+  if (mover_ != nullptr) mover_->prepare();  // most host memory is made ahead of the first move
   CUmemGenericAllocationHandle memory{};
   CUresult result = CUDA_ERROR_NOT_SUPPORTED;
   for (const CUmemAllocationProp& kind : host_memory_) {
@@ -123,8 +124,7 @@ Handle CudaDevice::do_create_host(std::size_t bytes) {
   driver_.check(result, "create_host", bytes);
   const Handle handle{memory, bytes, true};
   try {
-    // Here, ahead of its first use: mapping host memory takes time.
-    mappings_.alias_of(handle);
+    mappings_.alias_of(handle);  // to map it takes time as well
   } catch (const Error&) {
     driver_.cuMemRelease_fn(memory);
     throw;

@@ -54,7 +54,8 @@ __device__ __forceinline__ void add_warp(Sum& sum) {
 }
 
 extern "C" __global__ void fingerprint(const ulonglong2* __restrict__ pairs, u64 count, u64 seed_a,
-                                       u64 seed_b, u64* result, unsigned set) {
+                                       u64 seed_b, u64* result, volatile unsigned* flag,
+                                       unsigned number, unsigned set) {
   constexpr int kUnroll = 4;
   const u64 stride = (u64)gridDim.x * blockDim.x;
   u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
@@ -88,6 +89,7 @@ extern "C" __global__ void fingerprint(const ulonglong2* __restrict__ pairs, u64
   result[1] = atomicExch(&total.high, 0ull);
   blocks_done[set] = 0;
   __threadfence_system();
+  if (flag != nullptr) *flag = number;
 }
 )";
 
@@ -193,8 +195,14 @@ enum class Set : unsigned { node, launch };
 // What the kernel is called with, in the form that the driver takes.
 class Arguments {
  public:
-  Arguments(Address address, std::size_t bytes, CUdeviceptr result, Set set)
-      : pairs_(address), count_(bytes / kVector), result_(result), set_(set) {}
+  Arguments(Address address, std::size_t bytes, CUdeviceptr result, CUdeviceptr flag,
+            std::uint32_t number, Set set)
+      : pairs_(address),
+        count_(bytes / kVector),
+        result_(result),
+        flag_(flag),
+        number_(number),
+        set_(set) {}
   Arguments(const Arguments&) = delete;
   Arguments& operator=(const Arguments&) = delete;
 
@@ -205,8 +213,11 @@ class Arguments {
   std::uint64_t count_;
   Seeds seeds_ = Seeds::get();
   CUdeviceptr result_;
+  CUdeviceptr flag_;
+  std::uint32_t number_;
   Set set_;
-  std::array<void*, 6> pointers_{&pairs_, &count_, &seeds_.a, &seeds_.b, &result_, &set_};
+  std::array<void*, 8> pointers_{&pairs_,  &count_, &seeds_.a, &seeds_.b,
+                                 &result_, &flag_,  &number_,  &set_};
 };
 
 }  // namespace
@@ -226,7 +237,7 @@ CudaFingerprint::CudaFingerprint(const CudaDriver& driver, CUdevice ordinal, CUs
     return;
   }
   // The driver loads a kernel when it first runs, which must not be while a stream is held.
-  Arguments nothing(0, 0, scratch, Set::launch);
+  Arguments nothing(0, 0, scratch, 0, 0, Set::launch);
   CUresult result = driver_.cuLaunchKernel_fn(kernel_, blocks_, 1, 1, kThreads, 1, 1, 0, stream,
                                               nothing.data(), nullptr);
   if (result == CUDA_SUCCESS) result = driver_.cuStreamSynchronize_fn(stream);
@@ -246,15 +257,16 @@ bool CudaFingerprint::load(const std::string& code) {
 
 void CudaFingerprint::launch(CUstream stream, Address address, std::size_t bytes,
                              CUdeviceptr result) const {
-  Arguments arguments(address, bytes, result, Set::launch);
+  Arguments arguments(address, bytes, result, 0, 0, Set::launch);
   driver_.check(driver_.cuLaunchKernel_fn(kernel_, blocks_, 1, 1, kThreads, 1, 1, 0, stream,
                                           arguments.data(), nullptr),
                 "move (fingerprint)", bytes);
 }
 
 CUgraphNode CudaFingerprint::add_to(CUgraph graph, std::span<const CUgraphNode> after,
-                                    Address address, std::size_t bytes, CUdeviceptr result) const {
-  Arguments arguments(address, bytes, result, Set::node);
+                                    Address address, std::size_t bytes, CUdeviceptr result,
+                                    CUdeviceptr flag, std::uint32_t number) const {
+  Arguments arguments(address, bytes, result, flag, number, Set::node);
   CUDA_KERNEL_NODE_PARAMS parameters{};
   parameters.func = kernel_;
   parameters.gridDimX = blocks_;

@@ -36,9 +36,12 @@ class CudaFingerprint {
   // Writes the fingerprint of the memory to `result`, in the order of the stream. What is launched
   // must not run at once, so always name the same stream.
   void launch(CUstream stream, Address address, std::size_t bytes, CUdeviceptr result) const;
-  // A node that does the same, also beside what is launched. Nodes must not run at once.
+  // A node that does the same, also beside what is launched, and then writes `number` to `flag`:
+  // whoever sees that sees the fingerprint, and the work ahead of the node is done. Nodes must not
+  // run at once.
   CUgraphNode add_to(CUgraph graph, std::span<const CUgraphNode> after, Address address,
-                     std::size_t bytes, CUdeviceptr result) const;
+                     std::size_t bytes, CUdeviceptr result, CUdeviceptr flag,
+                     std::uint32_t number) const;
 
  private:
   bool load(const std::string& code);

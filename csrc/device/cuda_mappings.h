@@ -15,10 +15,6 @@ namespace pgk {
 
 class CudaMappings {
  public:
-  // Copies that run beside mappings should be no longer: to map host memory takes a copy engine,
-  // and that one first ends the copy it is at.
-  static constexpr std::size_t kCopyChunk = std::size_t{4} << 20;
-
   explicit CudaMappings(const CudaDriver& driver) : driver_(driver) {}
 
   // Whose memory access is given to. Before any other call.

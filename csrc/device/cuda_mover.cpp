@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 
 #include "core/error.h"
@@ -18,7 +19,13 @@ constexpr std::size_t kMiB = std::size_t{1} << 20;
 constexpr std::size_t kBatch = 128 * kMiB;
 // Of pages that were copied ahead, where a hold does nothing else: the shorter the better for
 // whoever works on the default stream, and to launch one takes little of its time.
-constexpr std::size_t kCopiedBatch = 64 * kMiB;
+constexpr std::size_t kCopiedBatch = 32 * kMiB;
+
+// What a hold takes of pages that were copied ahead.
+std::size_t copied_batch(bool brings_in) {
+  // Beside copies there is time for more.
+  return brings_in ? kBatch : kCopiedBatch;
+}
 
 // Appends the first pages of the queue: one at least, and others as far as `limit` bytes allow.
 template <typename Queue, typename Lane, typename ToStep>
@@ -52,12 +59,16 @@ CudaMover::CudaMover(const CudaDriver& driver, CUcontext context, CUdevice ordin
       holds_(driver, context),
       staging_(driver, ordinal, mappings, holds_.flags()) {}
 
+void CudaMover::prepare() {
+  const std::lock_guard lock(preparing_);
+  if (fingerprint_) return;
+  fingerprint_.emplace(driver_, ordinal_, holds_.stream(),
+                       CudaFlags::address_of(holds_.flags().contents[0][0]));
+}
+
 void CudaMover::move(std::span<Move> moves, std::span<const CUstream> held, const Begin& begin) {
   const std::lock_guard lock(mutex_);
-  if (!fingerprint_) {
-    fingerprint_.emplace(driver_, ordinal_, holds_.stream(),
-                         CudaFlags::address_of(holds_.flags().contents[0][0]));
-  }
+  prepare();
   // However this ends, nothing may write to handles afterwards.
   struct Clearing {
     CudaStaging& staging;
@@ -96,9 +107,12 @@ CudaMover::Left CudaMover::sort(std::span<Move> moves) const {
 }
 
 void CudaMover::copy_ahead(Left& left) {
+  // For the next hold, and to be copied during it. More would take the copy engine from mapping,
+  // which needs it as well.
+  const std::size_t ahead = 2 * copied_batch(!left.ins.empty());
   while (!left.outs.empty()) {
     Move& next = *left.outs.front();
-    if (staging_.is_full(next.from.bytes)) return;
+    if (staging_.is_full(next.from.bytes, ahead)) return;
     if (!staging_.has_room(next.from.bytes)) {
       if (!staging_.is_empty()) return;
       if (!staging_.make_room(next.from.bytes)) {
@@ -115,8 +129,7 @@ void CudaMover::copy_ahead(Left& left) {
 CudaMover::Batch CudaMover::next_batch(Left& left, bool holds_streams) {
   Batch batch;
   const auto copy = [](Move* move) { return Step{move, std::nullopt, true}; };
-  // Beside copies there is time for more.
-  take_copied(batch[kCompared], left.ins.empty() ? kCopiedBatch : kBatch);
+  take_copied(batch[kCompared], copied_batch(!left.ins.empty()));
   if (batch[kCompared].empty()) {
     take(left.known, kBatch, batch[kCompared],
          [](Move* move) { return Step{move, move->known, false}; });
@@ -171,44 +184,39 @@ void CudaMover::carry_out(const Batch& batch, std::span<const CUstream> held, co
   }
 }
 
-// Nodes of a lane are one after the other, flags as well: those of a branch beside the copies would
-// be written no sooner than the last copy has ended.
+// A kernel's flag is seen at once; one that a memory operation writes between copies, no sooner
+// than the last of these has ended.
 void CudaMover::add_steps(CudaGraph& graph, const Batch& batch, std::uint32_t number) {
   CudaFlags& flags = holds_.flags();
-  CUgraphNode compared = graph.write({}, CudaFlags::address_of(flags.started), number);
+  const auto add_fingerprint = [&](std::initializer_list<CUgraphNode> after, Kind lane,
+                                   std::size_t i, Address address, std::size_t bytes) {
+    return fingerprint_->add_to(graph.graph(), after, address, bytes,
+                                CudaFlags::address_of(flags.contents[lane][i]),
+                                CudaFlags::address_of(flags.ready[lane][i]), number);
+  };
+  // The last fingerprint: they are computed one after the other.
+  CUgraphNode told = graph.write({}, CudaFlags::address_of(flags.started), number);
   for (std::size_t i = 0; i < batch[kCompared].size(); ++i) {
     const Move& move = *batch[kCompared][i].move;
-    compared = add_fingerprint(graph, compared, move.address, move.from.bytes,
-                               flags.contents[kCompared][i]);
-    compared = graph.write({compared}, CudaFlags::address_of(flags.ready[kCompared][i]), number);
+    told = add_fingerprint({told}, kCompared, i, move.address, move.from.bytes);
   }
-  std::array<CUgraphNode, CudaFlags::kLanes> last{compared, compared, compared};
-  const bool maps_host_memory = !batch[kCompared].empty() || !batch[kOut].empty();
+  std::array<CUgraphNode, CudaFlags::kLanes> last{told, told, told};
   for (const Kind lane : {kOut, kIn}) {
     CUgraphNode& node = last[lane];
     for (std::size_t i = 0; i < batch[lane].size(); ++i) {
       Move& move = *batch[lane][i].move;
       move.known.reset();
       const Address alias = mappings_.alias_of(move.to);
-      const std::size_t chunk = maps_host_memory ? CudaMappings::kCopyChunk : move.to.bytes;
-      for (std::size_t from = 0; from < move.to.bytes; from += chunk) {
-        node = graph.copy({node}, alias + from, move.address + from,
-                          std::min(chunk, move.to.bytes - from));
-      }
+      node = graph.copy({node}, alias, move.address, move.to.bytes);
       if (tells_contents(move)) {
-        node = add_fingerprint(graph, node, alias, move.to.bytes, flags.contents[lane][i]);
+        told = add_fingerprint({node, told}, lane, i, alias, move.to.bytes);
+      } else {
+        node = graph.write({node}, CudaFlags::address_of(flags.ready[lane][i]), number);
       }
-      node = graph.write({node}, CudaFlags::address_of(flags.ready[lane][i]), number);
     }
   }
-  graph.stop({last[kOut], last[kIn]}, CudaFlags::address_of(flags.finished),
+  graph.stop({last[kOut], last[kIn], told}, CudaFlags::address_of(flags.finished),
              CudaFlags::address_of(flags.gate), number);
-}
-
-CUgraphNode CudaMover::add_fingerprint(CudaGraph& graph, CUgraphNode after, Address address,
-                                       std::size_t bytes, Fingerprint& result) const {
-  return fingerprint_->add_to(graph.graph(), {&after, 1}, address, bytes,
-                              CudaFlags::address_of(result));
 }
 
 bool CudaMover::tells_contents(const Move& move) const {

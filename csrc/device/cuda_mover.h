@@ -37,9 +37,10 @@ class CudaMover {
 
   CudaMover(const CudaDriver& driver, CUcontext context, CUdevice ordinal, CudaMappings& mappings);
 
-  // Device::move(); the first call also compiles a kernel. One call at a time, others wait for it;
-  // none of them has a lock meanwhile that it could need. `held` are different streams, without the
-  // default one.
+  // Compiles the kernel of comparisons, which takes some tenths of a second, unless it has been.
+  void prepare();
+  // Device::move(), prepared or not. One call at a time, others wait for it; none of them has a
+  // lock meanwhile that it could need. `held` are different streams, without the default one.
   void move(std::span<Move> moves, std::span<const CUstream> held, const Begin& begin);
 
  private:
@@ -74,8 +75,6 @@ class CudaMover {
   void take_copied(Lane& lane, std::size_t limit);
   void carry_out(const Batch& batch, std::span<const CUstream> held, const Begin& begin);
   void add_steps(CudaGraph& graph, const Batch& batch, std::uint32_t number);
-  CUgraphNode add_fingerprint(CudaGraph& graph, CUgraphNode after, Address address,
-                              std::size_t bytes, Fingerprint& result) const;
   bool tells_contents(const Move& move) const;
   void finish(const Step& step, const Fingerprint& contents, const Begin& begin);
   void remap(Move& move, const Begin& begin);
@@ -86,7 +85,8 @@ class CudaMover {
   std::mutex mutex_;
   CudaHolds holds_;
   CudaStaging staging_;
-  std::optional<CudaFingerprint> fingerprint_;
+  std::mutex preparing_;
+  std::optional<CudaFingerprint> fingerprint_;  // once prepared
 };
 
 }  // namespace pgk

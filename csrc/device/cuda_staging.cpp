@@ -73,8 +73,8 @@ void CudaStaging::release_buffers() noexcept {
   buffer_bytes_ = 0;
 }
 
-bool CudaStaging::is_full(std::size_t bytes) const {
-  return copies_.size() == kSlots || (!is_empty() && bytes_ + bytes > kAhead);
+bool CudaStaging::is_full(std::size_t bytes, std::size_t limit) const {
+  return copies_.size() == kSlots || (!is_empty() && bytes_ + bytes > limit);
 }
 
 void CudaStaging::add(Move& move, const CudaFingerprint& fingerprint) {
@@ -101,11 +101,7 @@ void CudaStaging::add(Move& move, const CudaFingerprint& fingerprint) {
 
   driver_.check(driver_.cuStreamWaitEvent_fn(emptying_, filled_[index], CU_EVENT_WAIT_DEFAULT),
                 "move (wait)");
-  for (std::size_t from = 0; from < bytes; from += CudaMappings::kCopyChunk) {
-    const std::size_t size = std::min(CudaMappings::kCopyChunk, bytes - from);
-    driver_.check(driver_.cuMemcpyAsync_fn(target + from, buffer + from, size, emptying_),
-                  "move (copy)", size);
-  }
+  driver_.check(driver_.cuMemcpyAsync_fn(target, buffer, bytes, emptying_), "move (copy)", bytes);
   driver_.check(driver_.cuEventRecord_fn(copied_[slot], emptying_), "move (record)");
 }
 

@@ -35,8 +35,8 @@ class CudaStaging {
   // Makes buffers for pages of that size. False if there is no memory for any. Only while empty.
   bool make_room(std::size_t bytes);
   bool has_room(std::size_t bytes) const { return bytes <= buffer_bytes_; }
-  // Whether a page of that size would be too far ahead.
-  bool is_full(std::size_t bytes) const;
+  // Whether with a page of that size more than `limit` bytes would be ahead. One page always may.
+  bool is_full(std::size_t bytes, std::size_t limit) const;
   bool is_empty() const { return copies_.empty(); }
 
   // Begins to copy move.from, which is mapped at its address, to move.to. While nothing is held.
@@ -54,8 +54,6 @@ class CudaStaging {
   static constexpr std::size_t kSlots = CudaFlags::kPages;
   // One is filled while another one is emptied.
   static constexpr std::size_t kBuffers = 2;
-  // Copied ahead: more than is copied during the longest of holds, in which none can be added.
-  static constexpr std::size_t kAhead = std::size_t{256} << 20;
 
   bool prepare();
   void release_buffers() noexcept;
