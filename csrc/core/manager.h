@@ -278,6 +278,7 @@ class Manager : public std::enable_shared_from_this<Manager> {
   bool ask(Context& context, std::size_t bytes, std::size_t available);
   std::string host_memory_is_full() const;
   std::string holdings(const DeviceUsage& device) const;
+  std::string nobody_gives_way(const Context& context, std::size_t bytes) const;
   std::string in_partition(const std::string& id) const;
   [[noreturn]] void refuse_restore(Context& context, const std::string& why,
                                    ErrorCode code = ErrorCode::out_of_memory);

@@ -55,6 +55,7 @@ void* Manager::allocate_slow(Context& context, std::size_t bytes, StreamId strea
         need.of_base = account.resident + need.room <= account.base;
         const bool is_short = need.room > ledger_.free_for(context.id());
         if (!is_short || need.room > account.max - account.held()) return nullptr;
+        if (why.empty()) why = nobody_gives_way(context, need.room);
         available = obtainable(context, need.of_base, standings(&context));
         others_move = stopped_victims_ > 0;
       }
@@ -65,7 +66,6 @@ void* Manager::allocate_slow(Context& context, std::size_t bytes, StreamId strea
       collect_all_retired();
       continue;
     }
-    if (why.empty()) why = "the device is full, and nobody can give way";
     if (effort != Effort::evict) return nullptr;
     if (!need.of_base && !is_asked) {
       if (available < need.room) {

@@ -147,6 +147,14 @@ std::string Manager::holdings(const DeviceUsage& device) const {
   return text + ".";
 }
 
+std::string Manager::nobody_gives_way(const Context& context, std::size_t bytes) const {
+  const Ledger::Id id = context.id();
+  const bool is_in_partition = ledger_.account(id).partition != Ledger::kDevice;
+  return is_in_partition && ledger_.shortage_in_partition(id, bytes) > 0
+             ? "its partition is full, and no context in it can give way"
+             : "the device is full, and nobody can give way";
+}
+
 std::string Manager::in_partition(const std::string& id) const {
   const std::lock_guard lock(mutex_);
   for (const auto& partition : partitions_) {

@@ -313,7 +313,10 @@ def test_a_context_in_use_is_not_evicted_for_a_mate(
     first.allocate(40 * MB)
     session = enter(first)
     assert manager.usage(second).available == 24 * MB
-    with pytest.raises(torch.OutOfMemoryError, match=r"Partition 'a': 40.00 MiB resident of 64"):
+    is_full = (
+        r"Partition 'a': 40.00 MiB resident of 64.00 MiB. Reason: its partition is full, and no"
+    )
+    with pytest.raises(torch.OutOfMemoryError, match=is_full):
         second.allocate(40 * MB)
     session.exit()
     assert manager.usage(second).available == 64 * MB
