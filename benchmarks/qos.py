@@ -59,7 +59,8 @@ from benchmarks.report import Report
 
 NOTHING = "nothing"
 CLOSED, POISSON = "closed", "Poisson"
-WARM_UP = 3
+# Requests and seconds before a way is measured: a process's first requests are slow for long.
+WARM_UP = 40, 0.3
 COLUMNS = [
     "way",
     "SMs",
@@ -161,8 +162,7 @@ class Story:
     def _measure(self, way: str, sides: Sides, seed: int) -> None:
         requests = requests_of(sides)
         for serve in requests.values():
-            for _ in range(WARM_UP):
-                serve()
+            back_to_back(serve, *WARM_UP)
         loads = {NOTHING: None, **loads_of(sides)}
         # So that the collector has little to walk, and a long pause is not some way's latency.
         gc.collect()
