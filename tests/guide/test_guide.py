@@ -1,6 +1,7 @@
 """Runs the snippets of docs/guide.md as they stand there."""
 
 import asyncio
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,23 @@ def test_creating_contexts() -> None:
         ("vision", GB),
     ]
     assert names["llm_ctx"] is pgk.get_context("llm")
+
+
+def test_finding_and_resizing_contexts(capsys: pytest.CaptureFixture[str]) -> None:
+    context = run("Finding and Resizing Contexts")["ctx"]
+    assert capsys.readouterr().out == "['chat']\n"
+    assert (context.max_vram, context.base_vram) == (512 * MB, 256 * MB)
+
+
+def test_settings_are_those_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = GUIDE[GUIDE.index("\n## Settings\n") :]
+    rows = re.findall(r"^\| `(\w+)`[^|]* \| `(\w+)` \|", text, re.MULTILINE)
+    arguments = [name for name in inspect.signature(pgk.initialize).parameters if name != "install"]
+    assert sorted(rows) == sorted((name, f"PYGPUKIT_{name.upper()}") for name in arguments)
+    monkeypatch.setenv("PYGPUKIT_DEVICE", "cpu")
+    monkeypatch.setenv("PYGPUKIT_TOTAL_VRAM", str(64 * MB))
+    pgk.initialize()
+    assert pgk.get_available_vram() == 64 * MB
 
 
 def test_running_with_context_sessions() -> None:
