@@ -1,5 +1,6 @@
 """The one device of the process and the contexts on it."""
 
+import atexit
 import os
 import threading
 
@@ -135,6 +136,15 @@ def _renew_lock_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_renew_lock_in_child)
+
+
+def _stop_background() -> None:
+    # A thread in the driver or in its compiler while these are being taken down could crash.
+    if _runtime is not None and not _runtime.is_foreign:
+        _runtime.manager.stop_making_ahead()
+
+
+atexit.register(_stop_background)
 
 
 def initialize(wishes: Wishes) -> Runtime:

@@ -1,6 +1,7 @@
 #include "core/host_pool.h"
 
 #include <algorithm>
+#include <exception>
 #include <memory>
 #include <utility>
 
@@ -12,12 +13,7 @@ HostPool::HostPool(std::shared_ptr<Device> device, std::size_t limit)
     : device_(std::move(device)), limit_(limit) {}
 
 HostPool::~HostPool() {
-  {
-    const std::lock_guard lock(mutex_);
-    ends_ = true;
-    changed_.notify_all();
-  }
-  if (thread_.joinable()) thread_.join();
+  stop_making_ahead();
   for (auto& [bytes, shelf] : shelves_) {
     for (const Handle& handle : shelf.handles) {
       try {
@@ -27,6 +23,15 @@ HostPool::~HostPool() {
       }
     }
   }
+}
+
+void HostPool::stop_making_ahead() {
+  {
+    const std::lock_guard lock(mutex_);
+    ends_ = true;
+    changed_.notify_all();
+  }
+  if (thread_.joinable()) thread_.join();
 }
 
 std::optional<Handle> HostPool::take(std::size_t bytes) {
@@ -111,7 +116,7 @@ void HostPool::aim_for(Counts counts) {
   }
   // Memory that is made when it is touched has no cost that could be paid ahead.
   behind_ = !device_->properties().is_host;
-  if (behind_ && !thread_.joinable()) thread_ = std::thread(&HostPool::make_ahead, this);
+  if (behind_ && !ends_ && !thread_.joinable()) thread_ = std::thread(&HostPool::make_ahead, this);
   changed_.notify_all();
   lock.unlock();
   for (const Handle& handle : surplus) {
@@ -140,7 +145,7 @@ void HostPool::make_ahead() {
         if (!handle) continue;
         shelf.handles.push_back(*handle);
         made = true;
-      } catch (const Error&) {
+      } catch (const std::exception&) {
         // Whoever needs it makes it himself, and hears why that fails.
       }
     }

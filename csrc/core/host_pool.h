@@ -33,6 +33,8 @@ class HostPool {
   // How many of each size should exist. They are made in the background; what is beyond that and
   // not taken is released now.
   void aim_for(Counts counts);
+  // From then on they are only made by whoever takes them. Waits for the one being made.
+  void stop_making_ahead();
 
   std::size_t limit() const { return limit_; }
   std::size_t existing_bytes() const;

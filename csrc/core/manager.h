@@ -147,6 +147,8 @@ class Manager : public std::enable_shared_from_this<Manager> {
   // Gives free pages and pooled handles that no reservation needs back to the device, once the
   // work that may use them is done. Returns the bytes given back.
   std::size_t trim();
+  // Before the process ends: no more host memory is made ahead.
+  void stop_making_ahead() { host_pool_.stop_making_ahead(); }
   // Gives back all that no live block needs, once no context lives: whoever still has this object
   // shall not keep memory by that.
   void shut_down();

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <charconv>
 #include <cstdint>
-#include <initializer_list>
 #include <string>
 
 #include "core/error.h"
@@ -185,22 +184,22 @@ void CudaMover::carry_out(const Batch& batch, std::span<const CUstream> held, co
 }
 
 // A kernel's flag is seen at once; one that a memory operation writes between copies, no sooner
-// than the last of these has ended.
+// than the last of these has ended. Nodes of a lane are one after the other: a branch beside them
+// could come to a hardware queue in which a stream is held.
 void CudaMover::add_steps(CudaGraph& graph, const Batch& batch, std::uint32_t number) {
   CudaFlags& flags = holds_.flags();
-  const auto add_fingerprint = [&](std::initializer_list<CUgraphNode> after, Kind lane,
-                                   std::size_t i, Address address, std::size_t bytes) {
-    return fingerprint_->add_to(graph.graph(), after, address, bytes,
+  const auto add_fingerprint = [&](CUgraphNode after, Kind lane, std::size_t i, Address address,
+                                   std::size_t bytes) {
+    return fingerprint_->add_to(graph.graph(), {&after, 1}, address, bytes,
                                 CudaFlags::address_of(flags.contents[lane][i]),
                                 CudaFlags::address_of(flags.ready[lane][i]), number);
   };
-  // The last fingerprint: they are computed one after the other.
-  CUgraphNode told = graph.write({}, CudaFlags::address_of(flags.started), number);
+  CUgraphNode compared = graph.write({}, CudaFlags::address_of(flags.started), number);
   for (std::size_t i = 0; i < batch[kCompared].size(); ++i) {
     const Move& move = *batch[kCompared][i].move;
-    told = add_fingerprint({told}, kCompared, i, move.address, move.from.bytes);
+    compared = add_fingerprint(compared, kCompared, i, move.address, move.from.bytes);
   }
-  std::array<CUgraphNode, CudaFlags::kLanes> last{told, told, told};
+  std::array<CUgraphNode, CudaFlags::kLanes> last{compared, compared, compared};
   for (const Kind lane : {kOut, kIn}) {
     CUgraphNode& node = last[lane];
     for (std::size_t i = 0; i < batch[lane].size(); ++i) {
@@ -209,13 +208,13 @@ void CudaMover::add_steps(CudaGraph& graph, const Batch& batch, std::uint32_t nu
       const Address alias = mappings_.alias_of(move.to);
       node = graph.copy({node}, alias, move.address, move.to.bytes);
       if (tells_contents(move)) {
-        told = add_fingerprint({node, told}, lane, i, alias, move.to.bytes);
+        node = add_fingerprint(node, lane, i, alias, move.to.bytes);
       } else {
         node = graph.write({node}, CudaFlags::address_of(flags.ready[lane][i]), number);
       }
     }
   }
-  graph.stop({last[kOut], last[kIn], told}, CudaFlags::address_of(flags.finished),
+  graph.stop({last[kOut], last[kIn]}, CudaFlags::address_of(flags.finished),
              CudaFlags::address_of(flags.gate), number);
 }
 

@@ -213,6 +213,7 @@ void bind_manager(py::module_& module) {
       .def("totals", &Manager::totals, Unlocked())
       .def("reset_peaks", &Manager::reset_peaks, Unlocked())
       .def("trim", &Manager::trim, Unlocked())
+      .def("stop_making_ahead", &Manager::stop_making_ahead, Unlocked())
       .def("shut_down", &Manager::shut_down, Unlocked())
       .def("check_invariants", &Manager::check_invariants, Unlocked())
       .def_property_readonly("device", &Manager::device);

@@ -335,6 +335,19 @@ def run_python(code: str, **environment: str) -> str:
     return result.stdout.strip()
 
 
+@pytest.mark.parametrize("seconds", [0, 0.1])
+def test_a_process_can_end_while_host_memory_is_made(seconds: float) -> None:
+    said = run_python(f"""
+        import time, pygpukit_torch as pgk
+        pgk.initialize(device="cuda", total_vram=4 * pgk.GB, host_backup=16 * pgk.GB)
+        for name in "abcd":
+            pgk.create_context(name, 4 * pgk.GB)
+        time.sleep({seconds})
+        print(pgk.stats().host_reserved < 12 * pgk.GB)
+    """)
+    assert said == "True"
+
+
 USE = """
     import torch, pygpukit_torch as pgk
     early = {early}

@@ -387,6 +387,16 @@ def test_what_is_kept_for_unchanged_pages_gives_way_to_what_is_evicted() -> None
     bench.check()
 
 
+def test_host_memory_is_there_when_none_is_made_ahead_any_more(bench: Bench) -> None:
+    a = bench.create("a", 40 * MB)
+    bench.fill(a, 40 * MB, 1)
+    bench.manager.stop_making_ahead()
+    bench.manager.evict_context(a)
+    bench.create("b", 40 * MB)
+    assert bench.evicted(a) == 40 * MB
+    bench.check()
+
+
 def test_the_pages_at_an_address_are_the_host_pools_while_evicted(bench: Bench) -> None:
     def file_at(address: int) -> str:
         for line in Path("/proc/self/maps").read_text().splitlines():
