@@ -11,12 +11,16 @@ Rates count the bytes of the tensors; for A and B they count what was copied, bo
 ``GiB copied`` is what was copied indeed, in whole pages. ``pinned`` are torch's copies between
 pinned memory and the device, in the same turns; a ratio is the part of their rate that was reached.
 
+``beside a session`` is the same while another context, in a session that stays open, decodes step
+after step: as the graph of ``qos`` on CUDA. The ratio there is to the rate with nobody at work.
+
 The last rows are pairs of allocate + free in a session, one by one, beside an eviction of another
 context: in C++, through torch's allocator interface. Their ratio is that of the times.
 
 Without a GPU all of it is about the host device, where memory is copied to other memory.
 """
 
+import gc
 import statistics
 import threading
 import time
@@ -33,8 +37,11 @@ from transformers import LlamaForCausalLM
 import pygpukit_torch as pgk
 from benchmarks import memory_saver
 from benchmarks.alloc_pairs import LIVE, load_loop
+from benchmarks.beside import Operation, repeated
 from benchmarks.llama import llama_config
 from benchmarks.progress import track
+from benchmarks.qos_ways import BUDGETS
+from benchmarks.qos_work import Decode
 from benchmarks.report import Report
 from benchmarks.timings import (
     CUDA,
@@ -99,6 +106,7 @@ def run(quick: bool) -> Report:
         _again_and_again(make, timings, pinned, repetitions)
         if name == "few large":
             report.machine["torch_memory_saver"] = _peer(timings)
+            _beside_a_session(make, timings, repetitions)
         report.rows += timings.rows(name)
     report.rows += _beside_an_eviction(sets["few large"], total, repetitions)
     return report
@@ -245,6 +253,37 @@ def _again_and_again(make: Make, timings: Timings, pinned: Pinned, repetitions: 
                 timings.add(f"A out, B in, {what}", Turn(seconds, copied, copied))
         x.clear()
         y.clear()
+
+
+def _beside_a_session(make: Make, timings: Timings, repetitions: int) -> None:
+    with _device(timings.size + BUDGETS["guaranteed"], "a", "decoding") as (a, decoding):
+        _while_decoding(make, timings, repetitions, a, decoding)
+        gc.collect()  # on the host device a decode is cyclic
+
+
+def _while_decoding(
+    make: Make,
+    timings: Timings,
+    repetitions: int,
+    a: ExecutionContext,
+    decoding: ExecutionContext,
+) -> None:
+    tensors = _made(make, a)
+    a.evict()
+    wait_for_host_pool()
+    session = partial(context_session, decoding)
+    with session():
+        decode = Decode(None)
+    with context_session(a):
+        pass
+    with repeated(session, Operation(decode)):
+        for _ in range(repetitions):
+            _change(a, tensors)
+            timings.out("out, changed, beside a session", a)
+            timings.enter("in, beside a session", "", a, tensors)
+            timings.out("out, unchanged, beside a session", a)
+            timings.enter("in, beside a session", "", a, tensors)
+    tensors.clear()
 
 
 def _peer(timings: Timings) -> str:

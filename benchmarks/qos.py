@@ -8,6 +8,7 @@ priority      the guaranteed side's stream has the highest priority that torch o
 tiers         a guaranteed and a best-effort context, in sessions
 partitions    the same in partitions; the name tells their shares, ``SMs`` what was granted
 yielding      the best-effort context is one that yields: its operators wait while the other works
+moving        a guaranteed context, and two of 4 GiB that a thread evicts and restores without pause
 
 In the first three nothing of ours is in the way: no session; the allocator is installed, and passes
 on to torch's. Graphs are captured on the stream that replays them; one stream leaves that to torch,
@@ -24,6 +25,11 @@ Beside them run products of 8192 x 8192, device-to-device copies of 1 GiB, at mo
 the queue, or another ``generate``. The ``.item()`` loop is one more thread: it makes a small tensor
 on the default stream and reads it, outside of sessions; it is there for graphs in the closed loop.
 
+Moving has a run of its own after the others, where the closed loop is measured alone and beside
+``moves`` in turns: 600 graphs and 200 ``generate`` each. The two contexts are left as they are, as
+weights are: copied out once, and then in. Its ratios are to the same request alone there, and an
+operation beside is one ``evict()`` or ``restore()``, of 4 GiB; so ``GB/s`` is what was moved.
+
 count        requests that the percentiles are of, all turns together. A turn of a case is limited
              in seconds, so ``generate`` has some 20 to 60; of fewer than 100 the p99 is the
              largest. An open loop that does not keep up counts those that wait at its end, as
@@ -34,6 +40,7 @@ p99 ratio    to the p99 of the same request in the same regime alone on one stre
 beside/s     operations of best effort a second, while the requests were measured
 kept         that as a part of the same load's alone on one stream. The rows of no request are of
              the load alone in its way.
+GB/s         bytes that left the device or came back to it
 
 All ways take turns in one run. Both sides share the GIL: who submits kernel by kernel, as
 ``generate`` does, also waits for the other side's Python. No way to share a device changes that.
@@ -47,72 +54,31 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+from benchmarks import qos_moves
 from benchmarks.beside import Operation, repeated
 from benchmarks.latency import back_to_back, open_loop, percentile, poisson_arrivals
 from benchmarks.progress import track
+from benchmarks.qos_cases import (
+    CLOSED,
+    COLUMNS,
+    NOTHING,
+    POISSON,
+    WARM_UP,
+    Case,
+    Figures,
+    Size,
+    measure,
+    rows,
+)
 from benchmarks.qos_ways import ONE_STREAM, Sides, Way, device, ways
 from benchmarks.qos_work import GENERATE, GRAPH, item, loads_of, requests_of
 from benchmarks.report import Report
 
-NOTHING = "nothing"
-CLOSED, POISSON = "closed", "Poisson"
-# Requests and seconds before a way is measured: a process's first requests are slow for long.
-WARM_UP = 40, 0.3
-COLUMNS = [
-    "way",
-    "SMs",
-    "request",
-    "regime",
-    "beside",
-    ".item()",
-    "count",
-    "p50",
-    "p90",
-    "p99",
-    "p99 ratio",
-    "beside/s",
-    "kept",
-]
-
-
-@dataclass(frozen=True)
-class Size:
-    """How often ways take turns, and how many requests and seconds a case has in each."""
-
-    turns: int
-    limits: dict[str, tuple[int, float]]
-
-
 FULL = Size(2, {GRAPH: (55, 0.7), GENERATE: (30, 0.3), NOTHING: (0, 0.12)})
 QUICK = Size(1, {GRAPH: (20, 0.08), GENERATE: (2, 0.08), NOTHING: (0, 0.05)})
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is measured: the requests of one kind, in one way, beside something."""
-
-    way: str
-    request: str
-    regime: str
-    beside: str
-    items: bool
-
-
-@dataclass
-class Figures:
-    """What a case came to over all turns: latencies, and the operations beside in seconds."""
-
-    latencies: list[float] = field(default_factory=list)
-    operations: float = 0
-    seconds: float = 0
-
-    @property
-    def rate(self) -> float:
-        """Operations a second."""
-        return self.operations / self.seconds
 
 
 def run(quick: bool) -> Report:
@@ -125,6 +91,7 @@ def run(quick: bool) -> Report:
         for way in track(order, f"qos, turn {turn + 1} of {story.size.turns}"):
             story.turn(way, turn)
     report = Report("qos", "milliseconds of a request", COLUMNS, story.rows())
+    report.rows += qos_moves.measured(quick)
     for request in (GRAPH, GENERATE):
         gap = f"{1e3 * story.mean_gap(request):.3f} ms"
         report.machine[f"mean gap of Poisson arrivals, {request}"] = gap
@@ -157,7 +124,7 @@ class Story:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for every case."""
-        return [self._row(case, figures) for case, figures in self._figures.items()]
+        return rows(self._figures, ONE_STREAM, self._sms)
 
     def _measure(self, way: str, sides: Sides, seed: int) -> None:
         requests = requests_of(sides)
@@ -168,19 +135,16 @@ class Story:
         gc.collect()
         gc.freeze()
         for beside, load in loads.items():
-            windows: list[tuple[Figures, float, float]] = []
-            with repeated(sides.best_effort, load) if load else nullcontext() as thread:
-                for items in (False, True):
-                    with repeated(nullcontext, Operation(item)) if items else nullcontext():
-                        for case in self._cases(way, beside, items):
-                            figures = self._figures[case]
-                            begin = time.perf_counter()
-                            figures.latencies += self._latencies(case, requests, seed)
-                            windows.append((figures, begin, time.perf_counter()))
-            for figures, begin, end in windows:
-                figures.seconds += end - begin
-                if thread:
-                    figures.operations += thread.completed(begin, end)
+            works = self._works(way, beside, requests, seed)
+            measure(sides.best_effort, load, works)
+
+    def _works(
+        self, way: str, beside: str, requests: dict[str, Callable[[], None]], seed: int
+    ) -> Iterator[tuple[Figures, Callable[[], list[float]]]]:
+        for items in (False, True):
+            with repeated(nullcontext, Operation(item)) if items else nullcontext():
+                for case in self._cases(way, beside, items):
+                    yield self._figures[case], partial(self._latencies, case, requests, seed)
 
     def _cases(self, way: str, beside: str, items: bool) -> Iterator[Case]:
         if not items and beside != NOTHING:
@@ -202,25 +166,3 @@ class Story:
             arrivals = poisson_arrivals(self.mean_gap(case.request), count, seed)
             return open_loop(requests[case.request], arrivals, seconds)
         return back_to_back(requests[case.request], count, seconds)
-
-    def _row(self, case: Case, figures: Figures) -> dict[str, Any]:
-        row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
-        row |= {
-            "way": case.way,
-            "SMs": self._sms[case.way],
-            "request": case.request,
-            "regime": case.regime,
-            "beside": case.beside,
-            ".item()": "yes" if case.items else "no",
-            "count": len(figures.latencies),
-        }
-        if case.request != NOTHING:
-            alone = self._figures[replace(case, way=ONE_STREAM, beside=NOTHING, items=False)]
-            for name, part in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
-                row[name] = 1e3 * percentile(figures.latencies, part)
-            row["p99 ratio"] = row["p99"] / 1e3 / percentile(alone.latencies, 0.99)
-        if case.beside != NOTHING:
-            alone = self._figures[Case(ONE_STREAM, NOTHING, "", case.beside, False)]
-            row["beside/s"] = figures.rate
-            row["kept"] = figures.rate / alone.rate
-        return row

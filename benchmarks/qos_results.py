@@ -5,16 +5,21 @@ from typing import Any
 Row = dict[str, Any]
 Group = tuple[str, str]
 
+MOVING, MOVES = "moving", "moves"
 
 # Of the few requests of ``generate`` the p99 is the slowest, and says more of the machine.
 SHOWN = {"graph": "p99", "generate": "p90"}
 
 
 class Results:
-    """The rows that have latencies. A group is a request and a regime."""
+    """The rows that have latencies. A group is a request and a regime.
+
+    ``moving`` has those of the way that moves, by request and then by what was beside it.
+    """
 
     def __init__(self, report: dict[str, Any]) -> None:
-        rows = [row for row in report["rows"] if row["regime"]]
+        latencies = [row for row in report["rows"] if row["regime"]]
+        rows = [row for row in latencies if row["way"] != MOVING]
         self.groups = _distinct((row["request"], row["regime"]) for row in rows)
         self.ways: list[str] = _distinct(row["way"] for row in rows)
         self.loads: list[str] = _distinct(row["beside"] for row in rows)
@@ -22,6 +27,10 @@ class Results:
             (row["request"], row["regime"], row["way"], row["beside"], row[".item()"]): row
             for row in rows
         }
+        self.moving: dict[str, dict[str, Row]] = {}
+        for row in latencies:
+            if row["way"] == MOVING:
+                self.moving.setdefault(row["request"], {})[row["beside"]] = row
 
     def row(self, group: Group, way: str, load: str) -> Row:
         """Return the row without the ``.item()`` loop."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.plots import draw
-from benchmarks.qos_results import SHOWN, Group, Results
+from benchmarks.qos_results import MOVES, SHOWN, Group, Results
 from benchmarks.report import Reports, Stored, load, size_name
 
 ROOT = Path(__file__).parents[1]
@@ -167,7 +167,26 @@ def qos_table(report: Stored) -> str:
         for group in results.groups
         for way in results.ways
     ]
-    return _table(header, rows, report, "percentiles")
+    table = _table(header, rows, report, "percentiles")
+    # Results of before it was measured have no moving.
+    return f"{table}\n\n{_moving_table(report, results)}" if results.moving else table
+
+
+def _moving_table(report: Stored, results: Results) -> str:
+    percentiles = ("p50", "p90", "p99")
+    heads = [
+        "beside moves",
+        "requests",
+        *(f"{name}, ms (to alone)" for name in percentiles),
+        "moved, GB/s (of alone)",
+    ]
+    rows: list[str] = []
+    for request, found in results.moving.items():
+        row, alone = found[MOVES], found["nothing"]
+        cells = [f"{row[name]:.3g} ({row[name] / alone[name]:.2f})" for name in percentiles]
+        cells.append(f"{row['GB/s']:.3g} ({row['kept']:.0%})")
+        rows.append(f"| {request}, closed | {row['count']} | " + " | ".join(cells) + " |")
+    return _table("| " + " | ".join(heads) + " |", rows, report, "percentiles")
 
 
 def oversubscribe_table(report: Stored) -> str:

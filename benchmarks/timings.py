@@ -35,6 +35,9 @@ AGAINST = {
     "to first kernel, resident": "",
     "A out, B in, changed": PINNED_BOTH,
     "A out, B in, unchanged": PINNED_IN,
+    "out, changed, beside a session": "out, changed",
+    "out, unchanged, beside a session": "out, unchanged",
+    "in, beside a session": "in",
 }
 
 Tensors = list[torch.Tensor]

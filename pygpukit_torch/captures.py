@@ -1,9 +1,9 @@
 """CUDA graphs in sessions: where they are captured, and when they are replayed.
 
-A graph's kernels keep the SMs and the priority of the stream that they were captured on, wherever
-it is replayed, and ``torch.cuda.graph`` captures on a stream of torch's. As long as a CUDA device
-is initialized, in a session it captures on a stream of the context instead, unless it makes no
-difference. ``reduce-overhead`` and ``make_graphed_callables`` capture through it, too. A replay is
+A graph's kernels keep the SMs, the priority and the cuBLAS workspace of the stream that they were
+captured on, wherever it is replayed, and ``torch.cuda.graph`` captures on one stream of torch's for
+everybody. As long as a CUDA device is initialized, in a session it captures on a stream of the
+context instead. ``reduce-overhead`` and ``make_graphed_callables`` capture through it, too. A replay is
 no operator: in contexts that yield it waits here.
 """
 
@@ -34,14 +34,11 @@ def stop_attending_graphs() -> None:
 @wraps(_enter)
 def _enter_on_own_stream(self: torch.cuda.graph) -> None:
     context = native.current_context()
-    handle = 0 if context is None else context.capture_stream()
-    if (
-        context is not None
-        and handle
-        and not _is_one_of(self.capture_stream, handle, context.stream)
-    ):
-        self.capture_stream = torch.cuda.ExternalStream(handle)
-        self.stream_ctx = torch.cuda.stream(self.capture_stream)
+    if context is not None:
+        handle = context.capture_stream()
+        if not _is_one_of(self.capture_stream, handle, context.stream):
+            self.capture_stream = torch.cuda.ExternalStream(handle)
+            self.stream_ctx = torch.cuda.stream(self.capture_stream)
     _enter(self)
 
 

@@ -80,7 +80,7 @@ def _eviction_works() -> str:
     fingerprints = (
         "" if isinstance(device, native.HostDevice) else ", unchanged pages are not copied"
     )
-    return f"available{fingerprints}"
+    return f"available{fingerprints}; while a page moves it holds {device.holds}"
 
 
 def _or_why(probe: Callable[[], str]) -> str:

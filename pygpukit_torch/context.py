@@ -1,7 +1,5 @@
 """Execution contexts."""
 
-import weakref
-from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -9,6 +7,7 @@ import torch
 from pygpukit_torch import event_loop, native
 from pygpukit_torch.errors import ContextDestroyedError
 from pygpukit_torch.memory import ContextUsage, check_bytes, format_bytes
+from pygpukit_torch.pinning import Pin
 from pygpukit_torch.placement import copy_into_current
 from pygpukit_torch.qos import QoSPolicy
 from pygpukit_torch.session import ContextSession
@@ -18,29 +17,6 @@ if TYPE_CHECKING:
     from pygpukit_torch.runtime import Runtime
 
 Placeable = TypeVar("Placeable", torch.nn.Module, torch.Tensor)
-
-
-class Pin:
-    """Keeps a context where it is; made by :meth:`ExecutionContext.pin`."""
-
-    def __init__(self, manager: native.Manager, context: native.Context) -> None:
-        manager.pin(context)
-        self._release = weakref.finalize(self, manager.unpin, context)
-
-    def release(self) -> None:
-        """Let the context move again. Once is enough."""
-        self._release()
-
-    def __enter__(self) -> "Pin":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.release()
 
 
 class ExecutionContext:
@@ -251,12 +227,11 @@ class ExecutionContext:
         self._require_alive()
         native.Job.restore(self._native)
 
-    def pin(self) -> "Pin":
+    def pin(self) -> Pin:
         """Bring the context back and keep it where it is, until the pin is released.
 
-        For memory that others than the context's sessions use without saying so: registered with a
-        network library, shared with another process, or used on streams of their own. Also a
-        context manager.
+        For memory that others use on streams that nobody has named: registered with a network
+        library, shared with another process, or used by other libraries. Also a context manager.
 
         Raises:
             torch.OutOfMemoryError, DeviceError, ContextDestroyedError: as :meth:`restore`.

@@ -9,6 +9,7 @@ from pygpukit_torch.context import ExecutionContext
 from pygpukit_torch.errors import ContextNotFoundError
 from pygpukit_torch.figures import ContextStats, SchedulerStats
 from pygpukit_torch.memory import GB, KB, MB, ContextUsage, check_bytes
+from pygpukit_torch.pinning import Pin, pin
 from pygpukit_torch.pressure import Handler, PressureHandler
 from pygpukit_torch.qos import QoSPolicy
 from pygpukit_torch.session import ContextSession
@@ -18,6 +19,8 @@ from pygpukit_torch.streams import (
     ContextStream,
     CudaContextEvent,
     CudaContextStream,
+    Joined,
+    join,
 )
 
 __all__ = [
@@ -32,6 +35,8 @@ __all__ = [
     "CudaContextEvent",
     "CudaContextStream",
     "ExecutionContext",
+    "Joined",
+    "Pin",
     "PressureHandler",
     "QoSPolicy",
     "SchedulerStats",
@@ -46,6 +51,7 @@ __all__ = [
     "initialize",
     "list_contexts",
     "on_memory_pressure",
+    "pin",
     "record_event",
     "shutdown",
     "stats",
@@ -327,12 +333,14 @@ def record_event(context: ExecutionContext) -> ContextEvent | CudaContextEvent:
     return event
 
 
-def wait_event(context: ExecutionContext, event: ContextEvent | torch.cuda.Event) -> None:
+def wait_event(context: ExecutionContext, event: ContextEvent | torch.cuda.Event) -> Joined:
     """Let the context's work from now on start after ``event``.
 
-    On the host device the calling thread waits. If the event is another context's, that one's
-    memory is not moved from now until the sessions of this one have ended and its stream has
-    passed, unless a reservation is claimed.
+    On the host device the calling thread waits for it. If the event is another context's, that
+    one's memory is not moved from now until the sessions of this one have ended and its stream has
+    passed, unless a reservation is claimed; and if it is being moved, the call waits for that. In a
+    task of an event loop it does not: there ``await wait_event(...)`` does. (On CUDA that is not
+    needed for results to be right: the device holds whoever is at work while a page moves.)
 
     Raises:
         TypeError: ``event`` does not come from :func:`record_event`.
@@ -341,14 +349,17 @@ def wait_event(context: ExecutionContext, event: ContextEvent | torch.cuda.Event
     _checked(context)._require_alive()
     stream = context.stream
     producer = getattr(event, "producer", None)
+    joined = Joined()
     if producer is not None and producer.state != "destroyed":
         context._runtime.manager.declare_consumer(producer._native, context._native)
+        joined = join(context._runtime.manager, producer._native)
     if isinstance(stream, ContextStream):
         stream.wait_event(event)  # type: ignore[arg-type]  # says itself what it does not take
     elif isinstance(event, torch.cuda.Event):
         stream.wait_event(event)
     else:
         raise TypeError(f"expected an event from record_event, got {type(event).__name__}")
+    return joined
 
 
 def stats() -> SchedulerStats:

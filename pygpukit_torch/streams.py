@@ -6,13 +6,15 @@ copies, events and waits; waiting for an event holds the calling thread, because
 that would go on to read the data.
 """
 
-from collections.abc import Callable
+import asyncio
+import warnings
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from pygpukit_torch import native
+from pygpukit_torch import event_loop, native
 
 if TYPE_CHECKING:
     from pygpukit_torch.context import ExecutionContext
@@ -149,6 +151,40 @@ def _context_stream(stream: torch.cpu.Stream | None) -> ContextStream:
     if not isinstance(stream, ContextStream):
         raise TypeError(f"expected the stream of a context, got {type(stream).__name__}")
     return stream
+
+
+class Joined:
+    """That a move which was under way is over; what :func:`pygpukit_torch.wait_event` returns.
+
+    It is over already, unless an event loop runs in the calling thread: then await it.
+    """
+
+    def __init__(self, job: native.Job | None = None, *, device_holds: bool = True) -> None:
+        self._job = job
+        self._device_holds = device_holds
+
+    def __await__(self) -> Generator[object, None, None]:
+        job, self._job = self._job, None
+        if job is not None:
+            yield from event_loop.finish(job).__await__()
+
+    def __del__(self) -> None:
+        if self._job is not None and not self._device_holds and not self._job.is_done():
+            warnings.warn(
+                "wait_event() in a task was not awaited, and memory of the producer is being moved",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def join(manager: native.Manager, context: native.Context) -> Joined:
+    """Wait until no page of the context is on its way; in a task, what is returned does."""
+    if not context.is_moving:
+        return Joined()
+    if asyncio._get_running_loop() is None:
+        manager.join(context)
+        return Joined()
+    return Joined(native.Job.join(context), device_holds=manager.device_holds)
 
 
 def completion_of(

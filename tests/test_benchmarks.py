@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import __main__ as command_line
 from benchmarks import plots, progress, provenance, stories
+from benchmarks.readme import evict_table
 from benchmarks.report import Report, load, save, shown, size_name
 from tests.quick_benchmarks import QuickBenchmarks, benchmarks
 
@@ -112,6 +113,19 @@ def test_what_reports_say_of_the_machine(quick_benchmarks: QuickBenchmarks) -> N
         assert machine["torch"] == torch.__version__
         assert machine["transformers"] == version("transformers")
     assert len({machine["commit"] for machine in machines}) == 1
+
+
+def test_moves_are_also_timed_beside_a_session(quick_benchmarks: QuickBenchmarks) -> None:
+    report = quick_benchmarks.reports["evict"]
+    rows = {row["what"]: row for row in report["rows"] if row["tensors"] == "few large"}
+    for what in ("out, changed", "out, unchanged", "in"):
+        row = rows[f"{what}, beside a session"]
+        assert row["GB/s"] > 0
+        assert row["GiB copied"] == rows[what]["GiB copied"]
+        assert row["to"] == what
+        assert row["ratio"] == pytest.approx(row["GB/s"] / rows[what]["GB/s"])
+    table = evict_table(report | {"machine": report["machine"] | {"gpu": "GPU"}})
+    assert "\n| in, beside a session, to in | " in table
 
 
 # Reports ----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import latency
+from benchmarks import latency, qos_moves
 from benchmarks.beside import Operation, completions, repeated
 from benchmarks.latency import back_to_back, open_loop, percentile, poisson_arrivals
 from benchmarks.plots import qos
@@ -182,6 +182,11 @@ def report(quick_benchmarks: QuickBenchmarks) -> dict[str, Any]:
     return found | {"machine": found["machine"] | {"gpu": "GPU"}}
 
 
+def without_moving(report: dict[str, Any]) -> dict[str, Any]:
+    """Results of before it was measured."""
+    return report | {"rows": [row for row in report["rows"] if row["way"] != "moving"]}
+
+
 def test_every_case_is_measured_in_every_way(report: dict[str, Any]) -> None:
     found = [
         (row["way"], row["request"], row["regime"], row["beside"], row[".item()"])
@@ -199,6 +204,16 @@ def test_every_case_is_measured_in_every_way(report: dict[str, Any]) -> None:
             ("graph", "Poisson", "no"),
             ("generate", "closed", "no"),
             ("generate", "Poisson", "no"),
+        )
+    ]
+    expected += [
+        ("moving", *case, "no")
+        for case in (
+            ("nothing", "", "moves"),
+            ("graph", "closed", "nothing"),
+            ("graph", "closed", "moves"),
+            ("generate", "closed", "nothing"),
+            ("generate", "closed", "moves"),
         )
     ]
     assert {"one stream", "tiers"} <= {way.name for way in ways()}
@@ -223,8 +238,31 @@ def test_figures_of_requests_and_of_best_effort(report: dict[str, Any]) -> None:
     assert [row["kept"] for row in plain if row["request"] == "nothing"] == [1, 1, 1]
 
 
+def test_latencies_beside_moves_are_compared_with_those_alone_in_the_same_run(
+    report: dict[str, Any],
+) -> None:
+    rows = {
+        (row["request"], row["beside"]): row for row in report["rows"] if row["way"] == "moving"
+    }
+    for request in ("graph", "generate"):
+        alone, beside = rows[request, "nothing"], rows[request, "moves"]
+        assert alone["p99 ratio"] == 1
+        assert beside["p99 ratio"] == pytest.approx(beside["p99"] / alone["p99"])
+        assert alone["GB/s"] == ""
+        assert beside["GB/s"] > 0
+        kept = beside["GB/s"] / rows["nothing", "moves"]["GB/s"]
+        assert beside["kept"] == pytest.approx(kept)
+    assert all(row["GB/s"] == "" for row in report["rows"] if row["way"] != "moving")
+
+
+def test_percentiles_beside_moves_are_of_enough_requests() -> None:
+    size = qos_moves.FULL
+    assert size.turns * size.limits["graph"][0] >= 300
+    assert size.turns * size.limits["generate"][0] >= 100
+
+
 def test_the_table(report: dict[str, Any]) -> None:
-    lines = qos_table(report).splitlines()
+    lines = qos_table(without_moving(report)).splitlines()
     columns = lines[0].count("|")
     assert all(line.count("|") == columns for line in lines[:-2])
     for way in ways():
@@ -237,6 +275,24 @@ def test_the_table(report: dict[str, Any]) -> None:
     )
     (line,) = (line for line in lines if line.startswith("| graph, Poisson, p99 | tiers |"))
     assert f"| {row['p99 ratio']:.2f} ({row['kept']:.0%}) |" in line
+
+
+def test_the_table_beside_moves(report: dict[str, Any]) -> None:
+    before = qos_table(without_moving(report))
+    table = qos_table(report)
+    assert table.startswith(f"{before}\n\n| beside moves | ")
+    rows = table.removeprefix(before).strip().splitlines()[:-2]
+    assert len(rows) == 4
+    assert len({line.count("|") for line in rows}) == 1
+    (row,) = (
+        row
+        for row in report["rows"]
+        if (row["way"], row["request"], row["beside"]) == ("moving", "graph", "moves")
+    )
+    (line,) = (line for line in table.splitlines() if line.startswith("| graph, closed | "))
+    assert line.startswith(f"| graph, closed | {row['count']} | {row['p50']:.3g} (")
+    assert f"| {row['p99']:.3g} ({row['p99 ratio']:.2f}) |" in line
+    assert line.endswith(f"| {row['GB/s']:.3g} ({row['kept']:.0%}) |")
 
 
 def test_what_is_shown_of_a_request(report: dict[str, Any]) -> None:
@@ -254,7 +310,7 @@ def test_the_picture(report: dict[str, Any]) -> None:
     labels = [label.get_text() for label in axes[0].get_yticklabels()]
     assert labels == [way.name for way in ways()]
     texts = Counter(text.get_text() for each in axes for text in each.texts)
-    measured = [row for row in report["rows"] if row["regime"]]
+    measured = [row for row in without_moving(report)["rows"] if row["regime"]]
     plain = [row for row in measured if row[".item()"] == "no"]
     kept = [f"{row['kept']:.0%}" for row in plain if row["kept"] != ""]
     ratios = [f"{Results(report).ratio(row):.2f}" for row in plain]

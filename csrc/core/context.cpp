@@ -65,6 +65,7 @@ std::optional<Arena::Lane> Context::find_lane(StreamId stream) const {
 
 Arena::Lane Context::lane_for(StreamId stream) {
   if (const auto lane = find_lane(stream)) return *lane;
+  device_->announce(stream);
   const Arena::Lane lane = arena_.add_lane(stream == kNoStream);
   lanes_.push_back(stream);
   return lane;
@@ -124,6 +125,7 @@ void Context::free(void* pointer) {
 }
 
 void Context::free_after(void* pointer, std::span<const StreamId> streams) {
+  for (const StreamId stream : streams) device_->announce(stream);
   std::shared_ptr<Manager> manager;
   const std::uint64_t id = account_;
   {
@@ -139,12 +141,18 @@ void Context::free_after(void* pointer, std::span<const StreamId> streams) {
 // Fences -----------------------------------------------------------------------------------------
 
 void Context::record_use(const void* pointer, StreamId stream) {
-  const std::lock_guard lock(mutex_);
-  const std::uint32_t start = granule_of(pointer);
-  if (state_ == State::forked || arena_.live_granules(start) == 0) return;
-  if (lanes_[arena_.lane_of(start)] == stream) return;
-  std::vector<StreamId>& uses = uses_[start];
-  if (std::find(uses.begin(), uses.end(), stream) == uses.end()) uses.push_back(stream);
+  device_->announce(stream);
+  {
+    const std::lock_guard lock(mutex_);
+    const std::uint32_t start = granule_of(pointer);
+    if (state_ == State::forked) return;
+    if (arena_.live_granules(start) != 0 && lanes_[arena_.lane_of(start)] != stream) {
+      std::vector<StreamId>& uses = uses_[start];
+      if (std::find(uses.begin(), uses.end(), stream) == uses.end()) uses.push_back(stream);
+    }
+  }
+  if (is_moving()) [[unlikely]]
+    if (const auto manager = manager_.lock()) manager->join(*this);
 }
 
 void Context::release(std::uint32_t start, std::span<const StreamId> streams) {
@@ -211,21 +219,6 @@ std::size_t Context::retired_bytes() const {
   std::size_t pages = 0;
   for (const Retired& retired : retired_) pages += retired.pages.count;
   return pages * arena_.page_bytes();
-}
-
-std::vector<StreamId> Context::streams_in_use() const {
-  std::vector<StreamId> streams(lanes_);
-  for (const auto& [start, uses] : uses_) streams.insert(streams.end(), uses.begin(), uses.end());
-  for (const Fence& fence : fences_) {
-    for (const Fence::Point& point : fence.points) streams.push_back(point.stream);
-  }
-  for (const auto& known : consumers_) {
-    if (const auto consumer = known.lock()) streams.push_back(consumer->stream());
-  }
-  std::sort(streams.begin(), streams.end());
-  streams.erase(std::unique(streams.begin(), streams.end()), streams.end());
-  std::erase(streams, kNoStream);
-  return streams;
 }
 
 std::vector<std::uint32_t> Context::live_pages(bool evicted) const {

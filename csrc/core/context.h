@@ -32,10 +32,6 @@ class Manager;
 class ThreadStreams;
 struct Partition;
 
-// Not a stream: memory that is asked for with it is idle, nobody's work may still use it. It is a
-// segment, for others to divide, and lies in the range's upper zone.
-inline constexpr StreamId kNoStream = 0;
-
 // How far a request goes: takes what is ready; waits for the device's work; has others evicted.
 enum class Effort : std::uint8_t { ready, wait, evict };
 
@@ -99,8 +95,9 @@ class Context : public std::enable_shared_from_this<Context> {
   void free(void* pointer);
   // As free(), for a block that the present work of `streams` may still use.
   void free_after(void* pointer, std::span<const StreamId> streams);
-  // Work that is on `stream` when the block is freed may still use it then. Does nothing if no
-  // live block of this context starts at `pointer`.
+  // Work that is on `stream` when the block is freed may still use it then. Nothing is noted if no
+  // live block of this context starts at `pointer`. Waits for a move that is under way: see
+  // Manager::join().
   void record_use(const void* pointer, StreamId stream);
   // For whoever divides segments further: counts what he takes with kNoStream and gives back.
   void count_segment(const void* pointer, bool taken);
@@ -164,6 +161,8 @@ class Context : public std::enable_shared_from_this<Context> {
     return (sessions & kMoving) == 0 && !(is_idle && (sessions & kDelayed) != 0);
   }
   std::uint32_t sessions() const { return sessions_.load(std::memory_order_acquire) & kCount; }
+  // Whether pages of it are on their way.
+  bool is_moving() const { return (sessions_.load(std::memory_order_acquire) & kMoving) != 0; }
   Counters counters() const;
   void reset_peak();
   // Throws ErrorCode::context_destroyed if it is gone.
@@ -225,8 +224,6 @@ class Context : public std::enable_shared_from_this<Context> {
   std::size_t retired_bytes() const;
   // With the manager's lock.
   std::size_t device_pages() const { return arena_.resident_pages() - evicted_pages_; }
-  // All whose work may use the memory now, declared consumers' included.
-  std::vector<StreamId> streams_in_use() const;
   // The numbers of pages with live bytes, evicted or resident. With the context's lock, too.
   std::vector<std::uint32_t> live_pages(bool evicted) const;
   // Resident pages without a live byte, retired ones included.
@@ -236,7 +233,6 @@ class Context : public std::enable_shared_from_this<Context> {
   void count_session() {
     if (tier() == Tier::guaranteed) gate_->begin_session();
   }
-  bool is_moving() const { return (sessions_.load(std::memory_order_acquire) & kMoving) != 0; }
   void begin_session_slow(bool keeps_active);
   static std::uint64_t next_use() { return uses_of_all_.fetch_add(1, std::memory_order_relaxed); }
   void* finish_allocation(std::uint32_t start, std::size_t granules) {
@@ -251,8 +247,9 @@ class Context : public std::enable_shared_from_this<Context> {
   static constexpr std::uint32_t kEvicted = std::uint32_t{1} << 29;
   static constexpr std::uint32_t kYields = std::uint32_t{1} << 28;     // once it is idle
   static constexpr std::uint32_t kMisplaced = std::uint32_t{1} << 27;  // needs another stream
-  static constexpr std::uint32_t kDelayed = kEvicted | kYields | kMisplaced;
-  static constexpr std::uint32_t kCount = kMisplaced - 1;
+  static constexpr std::uint32_t kJoins = std::uint32_t{1} << 26;  // what it consumes is moving
+  static constexpr std::uint32_t kDelayed = kEvicted | kYields | kMisplaced | kJoins;
+  static constexpr std::uint32_t kCount = kJoins - 1;
   std::atomic<std::uint32_t> sessions_{0};
   // In the order of use, of all contexts.
   static inline std::atomic<std::uint64_t> uses_of_all_{1};
@@ -282,6 +279,7 @@ class Context : public std::enable_shared_from_this<Context> {
   std::uint32_t evicted_pages_ = 0;
   std::uint32_t pins_ = 0;
   std::uint32_t waiting_ = 0;                      // claims that wait until it is idle
+  std::uint32_t joins_ = 0;                        // contexts that move and that it consumes
   std::vector<std::weak_ptr<Context>> consumers_;  // declared, since the last time it was idle
   std::vector<Retired> retired_;
   std::weak_ptr<Manager> manager_;

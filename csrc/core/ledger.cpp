@@ -237,8 +237,8 @@ std::size_t Ledger::missing_in(Id id, PartitionId partition, std::size_t bytes) 
   return less(bytes + taken_from(id, partition), limit(partition));
 }
 
-std::size_t Ledger::shortage(Id id, std::size_t bytes) const {
-  return std::max(missing_in(id, kDevice, bytes), less(bytes, allowance(id)));
+std::size_t Ledger::shortage(Id id, std::size_t bytes, std::size_t returning) const {
+  return std::max(missing_in(id, kDevice, bytes), less(bytes, allowance(id) + returning));
 }
 
 std::size_t Ledger::shortage_in_partition(Id id, std::size_t bytes) const {

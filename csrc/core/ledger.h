@@ -94,9 +94,9 @@ class Ledger {
   std::size_t restorable(Id id) const;
   // Bytes of the device that the account could still hold, whatever its own budget; and how many
   // others must give up before it could hold `bytes` more. The latter is above what is missing
-  // where others hold what is the account's.
   std::size_t free_for(Id id) const;
-  std::size_t shortage(Id id, std::size_t bytes) const;
+  // where others hold what is the account's. Of the bytes, `returning` come from host memory.
+  std::size_t shortage(Id id, std::size_t bytes, std::size_t returning = 0) const;
   // The same within the account's partition: it takes others of the partition to mend that.
   std::size_t free_in_partition(Id id) const;
   std::size_t shortage_in_partition(Id id, std::size_t bytes) const;

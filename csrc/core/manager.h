@@ -98,18 +98,23 @@ class Manager : public std::enable_shared_from_this<Manager> {
   void resize_context(Context& context, std::size_t max, std::size_t base);
 
   // Moves all of an idle context's pages to host memory; those without live blocks are given up.
-  // Throws ErrorCode::busy if it is in use, pinned or cannot be waited for, ::out_of_memory if
-  // there is no host memory left, ::device. What was moved by then stays out.
+  // Throws ErrorCode::busy if it is in use or pinned, or streams do not come to rest within
+  // `claim_timeout`; ::out_of_memory if there is no host memory left, ::device. What was moved by
+  // then stays out.
   void evict_context(Context& context);
   // Brings all back, at the cost of others as a request of the context would. Does nothing while
   // it is in use. Throws ErrorCode::out_of_memory with who holds what, or ::device.
   void restore_context(Context& context);
-  // From pin() to unpin() nothing of the context is moved. pin() throws as begin_session() does.
+  // From pin() to unpin() nothing of the context is moved. pin() throws as begin_session() does,
+  // but serves contexts that are destroyed as well.
   void pin(Context& context);
   void unpin(Context& context);
   // As long as `consumer` is in use, and until its stream is past what it holds then, `producer`
   // is not moved, unless for somebody's base.
   void declare_consumer(Context& producer, const std::shared_ptr<Context>& consumer);
+  // Blocks while pages of the context move. Not a thread that runs an event loop, where the device
+  // holds whoever is at work.
+  void join(const Context& context);
   void set_pressure_handler(PressureHandler handler);
   // For memory outside of contexts: gives back what trim() does, and evicts idle best-effort
   // contexts for what of `bytes` the device still lacks. Returns whether anything came of it.
@@ -132,8 +137,8 @@ class Manager : public std::enable_shared_from_this<Manager> {
   // without one.
   double available_compute() const;
   bool is_divided_up() const;
-  // A stream for captures, whose kernels keep the processors and the priority of the stream that
-  // they were captured on; kNoStream if any stream will do.
+  // A stream for captures. Their kernels keep the processors and the priority of the stream that
+  // they were captured on, and its cuBLAS workspace.
   StreamId capture_stream(Context& context);
 
   // Throws ErrorCode::context_destroyed if nothing of the context is left.
@@ -258,24 +263,28 @@ class Manager : public std::enable_shared_from_this<Manager> {
   std::vector<Standing> standings(const Context* except, const Stopped* stopped = nullptr) const;
   Survey survey(const Context* claimant, const std::vector<Standing>& standings) const;
   std::size_t obtainable(const Context& claimant, bool of_base,
-                         const std::vector<Standing>& standings) const;
+                         const std::vector<Standing>& standings, std::size_t returning = 0) const;
   void wait_until_still(Lock& lock, const Context& context);
+  void begin_session(Context& context, bool keeps_active);
+  void pin_orphan(Context& context);
   Missing missing_of(const Need& need);
   std::vector<Eviction> plan(const Need& need, const Missing& missing, const Stopped& stopped,
                              std::string& why) const;
-  bool choose_outs(const std::vector<Eviction>& plan, Stopped& stopped, Round& round);
-  void add_outs(Context& context, std::size_t count, Round& round);
+  bool choose_outs(const std::vector<Eviction>& plan, bool of_loans, Stopped& stopped,
+                   Round& round);
+  void add_outs(Context& context, std::size_t count, bool of_loans, Round& round);
   std::size_t drop_backups(std::size_t bytes);
   std::optional<Error> choose_ins(Context& context, Round& round);
   std::optional<Error> carry_out(Round& round);
-  void quiesce(const std::vector<StreamId>& streams);
+  bool is_anybody_at_work(const Context* except) const;
+  std::string whose(StreamId stream) const;
   void take_host_memory(Round& round);
   void settle(Round& round, std::uint64_t nanoseconds);
   bool make_room(const Need& need, std::string& why);
   void* explained(const Need& need, std::string& why);
   bool await_others(Lock& lock, const Need& need, Stopped& victims);
-  bool may_try_again(const Need& need, const Round& round, const std::optional<Error>& failure,
-                     Stopped& victims, std::string& why);
+  bool may_try_again(Clock::time_point deadline, const Round& round,
+                     const std::optional<Error>& failure, Stopped& victims, std::string& why);
   void bring_back(Context& context);
   bool ask(Context& context, std::size_t bytes, std::size_t available);
   std::string host_memory_is_full() const;

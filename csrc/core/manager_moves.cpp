@@ -13,6 +13,10 @@ namespace {
 
 using ContextLock = std::lock_guard<SpinLock>;
 
+// How long contexts stay stopped for streams to come to rest. A stream may wait for a thread, and
+// that for one of the contexts; so they are let go of in between.
+constexpr std::chrono::milliseconds kPatience{100};
+
 }  // namespace
 
 // Stopping ---------------------------------------------------------------------------------------
@@ -38,7 +42,7 @@ void Manager::Stopped::have_yield(Context& context) {
 
 bool Manager::Stopped::contains(const Context& context) const {
   return std::any_of(contexts_.begin(), contexts_.end(),
-                     [&](const auto& known) { return known.get() == &context; });
+                     [&](const Entry& entry) { return entry.context.get() == &context; });
 }
 
 bool Manager::Stopped::stop(Context& context, bool even_if_used) {
@@ -49,27 +53,57 @@ bool Manager::Stopped::stop(Context& context, bool even_if_used) {
     if ((sessions & Context::kMoving) != 0 || (is_used && !even_if_used)) return false;
   } while (!context.sessions_.compare_exchange_weak(sessions, sessions | Context::kMoving,
                                                     std::memory_order_acq_rel));
-  const ContextLock lock(context.mutex_);
-  if (context.state_ == Context::State::open) context.state_ = Context::State::moving;
-  contexts_.push_back(context.shared_from_this());
+  {
+    const ContextLock lock(context.mutex_);
+    if (context.state_ == Context::State::open) context.state_ = Context::State::moving;
+  }
+  contexts_.push_back({context.shared_from_this(), {}});
   ++manager_.stopped_contexts_;
   manager_.stopped_victims_ += victims_ ? 1 : 0;
-  return true;
+  keep_out_consumers(contexts_.back());
+  // One of them may have been entered meanwhile. What comes back may be in use by them where the
+  // device holds them.
+  const bool may_be_used =
+      even_if_used || (!victims_ && manager_.device_->properties().can_hold);
+  if (may_be_used || !manager_.is_used(context)) return true;
+  let_go(contexts_.back());
+  contexts_.pop_back();
+  manager_.moved_.notify_all();
+  return false;
+}
+
+// Idle ones are not entered before their producer stands still.
+void Manager::Stopped::keep_out_consumers(Entry& entry) {
+  for (const auto& known : entry.context->consumers_) {
+    const auto consumer = known.lock();
+    if (consumer == nullptr) continue;
+    entry.consumers.push_back(consumer);
+    ++consumer->joins_;
+    consumer->sessions_.fetch_or(Context::kJoins);
+  }
+}
+
+void Manager::Stopped::let_go(const Entry& entry) {
+  Context& context = *entry.context;
+  --manager_.stopped_contexts_;
+  manager_.stopped_victims_ -= victims_ ? 1 : 0;
+  for (const auto& consumer : entry.consumers) {
+    if (--consumer->joins_ == 0) consumer->sessions_.fetch_and(~Context::kJoins);
+  }
+  const ContextLock lock(context.mutex_);
+  if (context.state_ == Context::State::moving) context.state_ = Context::State::open;
+  if (context.evicted_pages_ > 0) context.sessions_.fetch_or(Context::kEvicted);
+  const std::uint32_t over =
+      Context::kMoving | (context.evicted_pages_ > 0 ? 0 : Context::kEvicted);
+  context.sessions_.fetch_and(~over, std::memory_order_acq_rel);
 }
 
 void Manager::Stopped::let_go() {
   if (contexts_.empty()) return;
-  manager_.stopped_contexts_ -= contexts_.size();
-  manager_.stopped_victims_ -= victims_ ? contexts_.size() : 0;
   bool orphans = false;
-  for (const auto& context : contexts_) {
-    const ContextLock lock(context->mutex_);
-    if (context->state_ == Context::State::moving) context->state_ = Context::State::open;
-    orphans |= context->state_ == Context::State::orphan;
-    if (context->evicted_pages_ > 0) context->sessions_.fetch_or(Context::kEvicted);
-    const std::uint32_t over =
-        Context::kMoving | (context->evicted_pages_ > 0 ? 0 : Context::kEvicted);
-    context->sessions_.fetch_and(~over, std::memory_order_acq_rel);
+  for (const Entry& entry : contexts_) {
+    let_go(entry);
+    orphans |= entry.context->state_ == Context::State::orphan;
   }
   contexts_.clear();
   if (orphans) manager_.collect_orphans();
@@ -83,7 +117,8 @@ void Manager::wait_until_still(Lock& lock, const Context& context) {
 // Choosing ---------------------------------------------------------------------------------------
 
 // Adds the pages that a plan takes next. False if a context of the plan has been entered meanwhile.
-bool Manager::choose_outs(const std::vector<Eviction>& plan, Stopped& stopped, Round& round) {
+bool Manager::choose_outs(const std::vector<Eviction>& plan, bool of_loans, Stopped& stopped,
+                          Round& round) {
   for (const Eviction& eviction : plan) {
     if (round.outs_left() == 0) break;
     Context& context = *find(eviction.id);
@@ -94,26 +129,22 @@ bool Manager::choose_outs(const std::vector<Eviction>& plan, Stopped& stopped, R
     const bool is_new = !stopped.contains(context);
     if (is_new && !stopped.stop(context, eviction.active)) return false;
     const ContextLock lock(context.mutex_);
-    std::vector<StreamId> streams = context.streams_in_use();
-    if (eviction.active) {
-      round.held = std::move(streams);
-    } else if (is_new) {
-      round.passing.insert(round.passing.end(), streams.begin(), streams.end());
-    }
     if (is_new) ++context.counters_.evictions;
-    add_outs(context, (eviction.bytes + context.page_bytes() - 1) / context.page_bytes(), round);
-    if (eviction.active) break;  // held as briefly as can be
+    add_outs(context, (eviction.bytes + context.page_bytes() - 1) / context.page_bytes(), of_loans,
+             round);
   }
   return true;
 }
 
-// With the context's lock. Pages with a backup first: they may be unchanged.
-void Manager::add_outs(Context& context, std::size_t count, Round& round) {
+// With the context's lock. Pages with a backup first: they may be unchanged. As far as there is host
+// memory, which what comes back in the same round leaves only when it has.
+void Manager::add_outs(Context& context, std::size_t count, bool of_loans, Round& round) {
   std::vector<std::uint32_t> numbers = context.live_pages(/*evicted=*/false);
   std::stable_partition(numbers.begin(), numbers.end(), [&](std::uint32_t number) {
     return context.pages_.at(number).backup.has_value();
   });
-  numbers.resize(std::min({numbers.size(), count, round.outs_left()}));
+  const std::size_t places = ledger_.evictable(of_loans) / context.page_bytes();
+  numbers.resize(std::min({numbers.size(), count, places, round.outs_left()}));
   for (const std::uint32_t number : numbers) {
     Context::Page& page = context.pages_.at(number);
     Round::Page moving;
@@ -163,14 +194,23 @@ std::optional<Error> Manager::choose_ins(Context& context, Round& round) {
 
 // Carrying out -----------------------------------------------------------------------------------
 
-// Waits until the streams are past what they hold.
-void Manager::quiesce(const std::vector<StreamId>& streams) {
-  for (const StreamId stream : streams) {
-    if (device_->is_capturing(stream)) {
-      throw Error(ErrorCode::busy, "a stream that uses its memory is being captured");
+bool Manager::is_anybody_at_work(const Context* except) const {
+  std::size_t sessions = 0;
+  for (const Context* context : all()) sessions += context->sessions();
+  const bool is_in_session = except != nullptr && except->sessions() > 0;
+  return sessions > (is_in_session ? 1 : 0);
+}
+
+std::string Manager::whose(StreamId stream) const {
+  const std::lock_guard lock(mutex_);
+  if (stream == device_->properties().default_stream) return "the default stream";
+  for (const Context* context : all()) {
+    const auto is_it = [=](const Context::OwnStream& own) { return own.id == stream; };
+    if (std::any_of(context->own_streams_.begin(), context->own_streams_.end(), is_it)) {
+      return "a stream of context '" + context->name() + "'";
     }
-    if (!device_->is_idle(stream)) device_->synchronize_event(device_->record(stream));
   }
+  return stream == kNoStream ? "the device" : "a stream that uses memory of contexts";
 }
 
 // Has contexts forget what their pages held when they came back, the least recently used first.
@@ -221,15 +261,23 @@ std::string Manager::host_memory_is_full() const {
 std::optional<Error> Manager::carry_out(Round& round) {
   const Clock::time_point start = Clock::now();
   std::optional<Error> failure;
+  Manner manner{kPatience};
   try {
-    quiesce(round.passing);
+    {
+      const std::lock_guard lock(mutex_);
+      manner.is_gentle = is_anybody_at_work(round.claimant);
+    }
+    device_->drain(manner.patience);
     take_host_memory(round);
     std::vector<Move> moves;
     for (const Round::Page& page : round.pages) moves.push_back(page.move);
     const ScopeExit tell([&] {
       for (std::size_t i = 0; i < moves.size(); ++i) round.pages[i].move = moves[i];
     });
-    device_->move(moves, round.held);
+    device_->move(moves, manner);
+  } catch (const Restless& restless) {
+    failure = Error(ErrorCode::busy,
+                    "waiting for " + whose(restless.stream()) + ": " + restless.what());
   } catch (const Error& error) {
     failure = error;
   } catch (...) {

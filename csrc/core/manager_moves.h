@@ -14,7 +14,8 @@ namespace pgk {
 class Manager::Stopped {
  public:
   // Victims may be let go of without having moved, so others who lack them wait for that. Nobody
-  // waits for anything while he has stopped some.
+  // waits for a thread while he has stopped some, and for streams, which may wait for threads, not
+  // long at a time.
   Stopped(Manager& manager, bool victims) : manager_(manager), victims_(victims) {}
   ~Stopped();
   Stopped(const Stopped&) = delete;
@@ -30,9 +31,17 @@ class Manager::Stopped {
   void have_yield(Context& context);
 
  private:
+  struct Entry {
+    std::shared_ptr<Context> context;
+    std::vector<std::shared_ptr<Context>> consumers;
+  };
+
+  void keep_out_consumers(Entry& entry);
+  void let_go(const Entry& entry);
+
   Manager& manager_;
   const bool victims_;
-  std::vector<std::shared_ptr<Context>> contexts_;
+  std::vector<Entry> contexts_;
   std::vector<std::shared_ptr<Context>> yielding_;
 };
 
@@ -41,8 +50,11 @@ struct Manager::Need {
   Context* claimant = nullptr;
   std::size_t room = 0;
   bool of_base = false;
-  Clock::time_point deadline;  // for contexts in use that must yield
+  Clock::time_point deadline;  // for contexts in use that must yield, and streams to come to rest
+  bool returns = false;        // it comes back, and leaves its place in host memory
 
+  // What of the host memory that others need is the claimant's own.
+  std::size_t returning() const { return returns ? room : 0; }
   Tier tier() const { return claimant == nullptr ? Tier::best_effort : claimant->tier(); }
 };
 
@@ -60,11 +72,10 @@ struct Manager::Round {
 
   std::vector<Page> pages;
   std::size_t outs = 0;
-  std::vector<StreamId> passing;    // streams whose work must be done first
-  std::vector<StreamId> held;       // streams of a context in use
+  const Context* claimant = nullptr;
   std::shared_ptr<Context> in_use;  // it has to yield, and the device cannot make it
 
-  Round() { pages.reserve(2 * kMostPages); }
+  explicit Round(const Context* claimant) : claimant(claimant) { pages.reserve(2 * kMostPages); }
   std::size_t outs_left() const { return kMostPages - outs; }
   std::size_t ins_left() const { return kMostPages - (pages.size() - outs); }
 };

@@ -278,9 +278,7 @@ StreamId Manager::stream_on(Context& context, ProcessorSet processors, bool for_
 StreamId Manager::capture_stream(Context& context) {
   const std::lock_guard lock(mutex_);
   require_open(context);
-  const ProcessorSet processors = context.own_stream().processors;
-  const bool is_plain = processors == 0 && priority_of(context.tier()) == priority_of({});
-  return is_plain ? kNoStream : stream_on(context, processors, /*for_captures=*/true);
+  return stream_on(context, context.own_stream().processors, /*for_captures=*/true);
 }
 
 double Manager::available_compute() const {

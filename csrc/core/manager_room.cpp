@@ -8,6 +8,7 @@
 #include "core/error.h"
 #include "core/manager_moves.h"
 #include "core/scope_exit.h"
+#include "core/session.h"
 
 namespace pgk {
 namespace {
@@ -90,7 +91,8 @@ Manager::Missing Manager::missing_of(const Need& need) {
   if (need.claimant != nullptr) {
     refresh_outside();
     const Ledger::Id id = need.claimant->id();
-    return {ledger_.shortage(id, need.room), ledger_.shortage_in_partition(id, need.room)};
+    return {ledger_.shortage(id, need.room, need.returning()),
+            ledger_.shortage_in_partition(id, need.room)};
   }
   trim_pool();
   return {need.room - std::min(need.room, device_->free_bytes()), 0};
@@ -102,11 +104,13 @@ std::vector<Eviction> Manager::plan(const Need& need, const Missing& missing,
   const Survey others = survey(need.claimant, standings(need.claimant, &stopped));
   std::vector<Eviction> plan =
       plan_eviction({need.tier(), need.of_base, missing.bytes, missing.of_mates}, others.holders);
-  const bool is_allowed =
-      need.claimant == nullptr || need.room <= ledger_.allowance(need.claimant->id());
+  const std::size_t returning = need.returning();
+  const bool is_allowed = need.claimant == nullptr ||
+                          need.room <= ledger_.allowance(need.claimant->id()) + returning;
   std::size_t bytes = 0;
   for (const Eviction& eviction : plan) bytes += eviction.bytes;
-  if (!plan.empty() && (!is_allowed || bytes > ledger_.evictable(need.of_base))) {
+  // What comes back leaves its place to what goes, page by page.
+  if (!plan.empty() && (!is_allowed || bytes > ledger_.evictable(need.of_base) + returning)) {
     why = host_memory_is_full();
     plan.clear();
   }
@@ -130,21 +134,25 @@ bool Manager::await_others(Lock& lock, const Need& need, Stopped& victims) {
   return true;
 }
 
-// After a round that came to nothing: whether it is worth another one, and if so, waits.
-bool Manager::may_try_again(const Need& need, const Round& round,
+// After a round that came to nothing: whether it is worth another one, and if so, lets go of the
+// victims and waits.
+bool Manager::may_try_again(Clock::time_point deadline, const Round& round,
                             const std::optional<Error>& failure, Stopped& victims,
                             std::string& why) {
   if (failure && failure->code() != ErrorCode::busy) {
     why = failure->what();
     return false;
   }
-  if (Clock::now() >= need.deadline) {
-    const Context* in_use = round.in_use.get();
-    if (in_use == nullptr && !round.pages.empty()) in_use = round.pages.front().context;
+  if (!failure && !round.in_use) {
+    why = host_memory_is_full();
+    return false;
+  }
+  if (Clock::now() >= deadline) {
     const auto limit = std::chrono::duration_cast<std::chrono::milliseconds>(claim_timeout_);
-    why = "context '" + (in_use == nullptr ? std::string("?") : in_use->name()) +
-          "' is in use and did not yield within " + std::to_string(limit.count()) + " ms" +
-          (failure ? std::string(": ") + failure->what() : "");
+    const std::string time = std::to_string(limit.count()) + " ms";
+    why = failure ? "nothing could be moved for " + time + ": " + failure->what()
+                  : "context '" + round.in_use->name() +
+                        "' is in use and did not yield within " + time;
     return false;
   }
   {
@@ -160,7 +168,7 @@ bool Manager::may_try_again(const Need& need, const Round& round,
 bool Manager::make_room(const Need& need, std::string& why) {
   Stopped victims(*this, /*victims=*/true);
   for (;;) {
-    Round round;
+    Round round(need.claimant);
     bool is_chosen = false;
     {
       Lock lock(mutex_);
@@ -171,7 +179,7 @@ bool Manager::make_room(const Need& need, std::string& why) {
         if (!await_others(lock, need, victims)) return false;
         continue;
       }
-      is_chosen = choose_outs(evictions, victims, round);
+      is_chosen = choose_outs(evictions, need.of_base, victims, round);
     }
     std::optional<Error> failure;
     if (is_chosen) {
@@ -179,8 +187,8 @@ bool Manager::make_room(const Need& need, std::string& why) {
     } else {
       settle(round, 0);
     }
-    const bool is_progress = !failure && is_chosen && !round.in_use;
-    if (!is_progress && is_chosen && !may_try_again(need, round, failure, victims, why))
+    const bool is_progress = !failure && !round.pages.empty() && !round.in_use;
+    if (!is_progress && is_chosen && !may_try_again(need.deadline, round, failure, victims, why))
       return false;
   }
 }
@@ -198,7 +206,8 @@ bool Manager::give_way(std::size_t bytes) {
   const Blocking blocking;
   try {
     std::string why;
-    return make_room({nullptr, bytes, false, Clock::now()}, why) || given > 0;
+    const Need need{nullptr, bytes, false, Clock::now() + claim_timeout_};
+    return make_room(need, why) || given > 0;
   } catch (const Error&) {
     return given > 0;  // whoever asked is out of memory, and says so himself
   }
@@ -206,15 +215,17 @@ bool Manager::give_way(std::size_t bytes) {
 
 // Coming back ------------------------------------------------------------------------------------
 
-// Enters a context that moves or is evicted.
+// Enters a context that moves or is evicted, or whose producer moves.
 void Manager::admit(Context& context, bool keeps_active) {
   const Blocking blocking;
   Stopped self(*this, /*victims=*/false);
+  bool is_evicted = true;
   {
     Lock lock(mutex_);
     for (;;) {
       moved_.wait(lock, [&] {
-        return !context.is_moving() && (context.waiting_ == 0 || context.sessions() > 0);
+        const bool is_kept_out = context.waiting_ > 0 || context.joins_ > 0;
+        return !context.is_moving() && (!is_kept_out || context.sessions() > 0);
       });
       require_open(context);
       if (context.try_begin_session(keeps_active)) return;
@@ -223,28 +234,37 @@ void Manager::admit(Context& context, bool keeps_active) {
         const ContextLock context_lock(context.mutex_);
         give_up_pages(context, SIZE_MAX);
       }
-      if (self.stop(context)) break;
+      // Nothing comes back under consumers at work that cannot be held. It is valid where it is.
+      is_evicted = device_->properties().can_hold || !is_used(context);
+      if (!is_evicted || self.stop(context)) break;
     }
+    if (!is_evicted) begin_session(context, keeps_active);
   }
+  if (!is_evicted) return;
   bring_back(context);
   const std::lock_guard lock(mutex_);
   require_open(context);
   if ((context.sessions_.load() & Context::kMisplaced) != 0) replace_stream(context);
+  begin_session(context, keeps_active);
+  self.let_go();
+}
+
+// Of a context that nobody else can enter or stop meanwhile.
+void Manager::begin_session(Context& context, bool keeps_active) {
   if (keeps_active) {
     context.sessions_.fetch_add(1, std::memory_order_acq_rel);
     context.count_session();
   }
   context.last_use_.store(Context::next_use(), std::memory_order_relaxed);
-  self.let_go();
 }
 
 // Of a context that the caller has stopped. Out and in go together, as far as there is room.
 void Manager::bring_back(Context& context) {
   Stopped victims(*this, /*victims=*/true);
-  Need need{&context, 0, false, Clock::now() + claim_timeout_};
+  Need need{&context, 0, false, Clock::now() + claim_timeout_, /*returns=*/true};
   bool is_first = true;
   for (;;) {
-    Round round;
+    Round round(&context);
     std::string why;
     std::optional<EventId> awaited;
     std::optional<Error> failure;
@@ -261,7 +281,8 @@ void Manager::bring_back(Context& context) {
       need.of_base = account.resident + need.room <= account.base;
       Missing missing = missing_of(need);
       if (!missing.is_none() &&
-          obtainable(context, need.of_base, standings(&context, &victims)) >= need.room) {
+          obtainable(context, need.of_base, standings(&context, &victims), need.returning()) >=
+              need.room) {
         reclaim_for(context, need.room);
         missing = missing_of(need);
         if (!missing.is_none()) awaited = first_retired();
@@ -275,10 +296,9 @@ void Manager::bring_back(Context& context) {
       if (is_possible && !awaited) {
         if (std::exchange(is_first, false)) {
           const ContextLock context_lock(context.mutex_);
-          round.passing = context.streams_in_use();
           ++context.counters_.restores;
         }
-        is_chosen = choose_outs(evictions, victims, round);
+        is_chosen = choose_outs(evictions, need.of_base, victims, round);
         if (is_chosen) failure = choose_ins(context, round);
       }
     }
@@ -295,8 +315,9 @@ void Manager::bring_back(Context& context) {
       settle(round, 0);
     }
     const bool is_progress = !is_chosen || (!failure && !round.pages.empty());
-    if (!is_progress && !may_try_again(need, round, failure, victims, why)) {
-      refuse_restore(context, why, failure ? failure->code() : ErrorCode::out_of_memory);
+    if (!is_progress && !may_try_again(need.deadline, round, failure, victims, why)) {
+      const bool is_device = failure && failure->code() == ErrorCode::device;
+      refuse_restore(context, why, is_device ? ErrorCode::device : ErrorCode::out_of_memory);
     }
   }
 }
@@ -307,9 +328,10 @@ void Manager::evict_context(Context& context) {
   const Blocking blocking;
   Stopped stopped(*this, /*victims=*/true);
   const std::string refused = "context '" + context.name() + "' cannot be evicted: ";
-  bool is_first = false;
+  const Clock::time_point deadline = Clock::now() + claim_timeout_;
+  bool is_counted = false;
   for (;;) {
-    Round round;
+    Round round(nullptr);
     {
       Lock lock(mutex_);
       if (stopped.count() == 0) {
@@ -322,21 +344,19 @@ void Manager::evict_context(Context& context) {
           give_up_pages(context, SIZE_MAX);
         }
         if (!stopped.stop(context)) continue;  // entered in between
-        const ContextLock context_lock(context.mutex_);
-        round.passing = context.streams_in_use();
-        is_first = true;
       }
-      const std::size_t places = ledger_.evictable(/*of_loans=*/false) / context.page_bytes();
       const ContextLock context_lock(context.mutex_);
-      add_outs(context, std::min(places, Round::kMostPages), round);
-      if (std::exchange(is_first, false) && !round.pages.empty()) ++context.counters_.evictions;
+      add_outs(context, Round::kMostPages, /*of_loans=*/false, round);
+      if (!round.pages.empty() && !std::exchange(is_counted, true)) ++context.counters_.evictions;
       if (round.pages.empty()) {
         if (context.device_pages() <= context.idle_device_pages()) return;
         throw Error(ErrorCode::out_of_memory, refused + host_memory_is_full());
       }
     }
-    if (const auto failure = carry_out(round)) {
-      throw Error(failure->code(), refused + failure->what());
+    const auto failure = carry_out(round);
+    std::string why;
+    if (failure && !may_try_again(deadline, round, failure, stopped, why)) {
+      throw Error(failure->code(), refused + why);
     }
   }
 }
@@ -346,12 +366,32 @@ void Manager::restore_context(Context& context) {
 }
 
 void Manager::pin(Context& context) {
+  if (context.is_destroyed()) {
+    pin_orphan(context);
+    return;
+  }
   context.begin_session(/*keeps_active=*/true);
   {
     const std::lock_guard lock(mutex_);
     ++context.pins_;
   }
   context.end_session();
+}
+
+// Nobody enters an orphan, but what is left of it can be brought back and kept.
+void Manager::pin_orphan(Context& context) {
+  const Blocking blocking;
+  Stopped self(*this, /*victims=*/false);
+  {
+    Lock lock(mutex_);
+    require_usable();
+    do {
+      wait_until_still(lock, context);
+    } while (!self.stop(context, /*even_if_used=*/true));
+  }
+  bring_back(context);
+  const std::lock_guard lock(mutex_);
+  ++context.pins_;
 }
 
 void Manager::unpin(Context& context) {
@@ -371,6 +411,13 @@ void Manager::declare_consumer(Context& producer, const std::shared_ptr<Context>
     return alive == nullptr || alive == consumer;
   });
   consumers.push_back(consumer);
+}
+
+void Manager::join(const Context& context) {
+  if (!context.is_moving() || (device_->properties().can_hold && Step::is_under_way())) return;
+  const Blocking blocking;
+  Lock lock(mutex_);
+  wait_until_still(lock, context);
 }
 
 }  // namespace pgk

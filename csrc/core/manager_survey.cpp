@@ -68,23 +68,25 @@ Manager::Survey Manager::survey(const Context* claimant,
   return survey;
 }
 
-// Bytes that the claimant could be charged with, if the others gave way.
+// Bytes that the claimant could be charged with, if the others gave way. `returning` are those of
+// its own that would leave their place in host memory.
 std::size_t Manager::obtainable(const Context& claimant, bool of_base,
-                                const std::vector<Standing>& standings) const {
+                                const std::vector<Standing>& standings,
+                                std::size_t returning) const {
   const Survey others = survey(&claimant, standings);
   const Ledger::Id id = claimant.id();
   // What others hold of the claimant's own comes first.
   const auto reachable = [&](std::size_t free, std::size_t cached, std::size_t overdrawn,
                              bool of_mates) {
     const std::size_t live = evictable_bytes({claimant.tier(), of_base, 0, 0}, others.holders,
-                                             of_mates, ledger_.evictable(of_base));
+                                             of_mates, ledger_.evictable(of_base) + returning);
     return free + cached + live - std::min(free + cached + live, overdrawn);
   };
   return std::min({reachable(ledger_.free_for(id), others.cached, ledger_.shortage(id, 0), false),
                    reachable(ledger_.free_in_partition(id), others.cached_by_mates,
                              ledger_.shortage_in_partition(id, 0), true),
                    // Within a base there is only a loan to be had, whoever holds it.
-                   ledger_.allowance(id) + others.cached_beyond_bases});
+                   ledger_.allowance(id) + returning + others.cached_beyond_bases});
 }
 
 }  // namespace pgk

@@ -1,8 +1,8 @@
 #include "device/cuda_device.h"
 
 #include <algorithm>
-#include <array>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "core/error.h"
@@ -17,7 +17,11 @@ class CudaDevice::Scope : public CudaScope {
 };
 
 CudaDevice::CudaDevice(int ordinal, std::size_t capacity)
-    : driver_(CudaDriver::get()), mappings_(driver_), processors_(driver_) {
+    : driver_(CudaDriver::get()),
+      mappings_(driver_),
+      processors_(driver_),
+      captures_(driver_),
+      events_(driver_) {
   driver_.check(driver_.cuDeviceGet_fn(&ordinal_, ordinal), "cuDeviceGet");
   properties_.name = "cuda:" + std::to_string(ordinal);
 
@@ -49,6 +53,8 @@ CudaDevice::CudaDevice(int ordinal, std::size_t capacity)
   processors_.divide(ordinal_);
   properties_.processor_groups = processors_.groups();
   properties_.why_undivided = properties_.name + ": " + processors_.why_undivided();
+  properties_.default_stream = kDefaultStream;
+  known_.add(kDefaultStream);
   prepare_moves();
 }
 
@@ -92,8 +98,13 @@ void CudaDevice::prepare_moves() {
   }
   host_memory_ = std::move(working);
   if (host_memory_.empty()) return;
-  mover_ = std::make_unique<CudaMover>(driver_, context_, ordinal_, mappings_);
+  mover_ = std::make_unique<CudaMover>(driver_, context_, ordinal_, mappings_, captures_);
   properties_.can_move = properties_.can_hold = true;
+  properties_.holds = CudaHolds::has_context_wait(driver_)
+                          ? "all streams at once"
+                          : "one stream after the other, " +
+                                std::to_string(CudaHolds::most_stops()) +
+                                " at most (for more, a driver of CUDA 12.5 or later)";
 }
 
 // Memory ---------------------------------------------------------------------------------------
@@ -178,20 +189,35 @@ void CudaDevice::do_unmap(Address address, Handle handle) {
   driver_.check(mappings_.unmap(address, handle), "unmap", handle.bytes);
 }
 
-void CudaDevice::do_move(std::span<Move> moves, std::span<const StreamId> held) {
+void CudaDevice::do_move(std::span<Move> moves, const Manner& manner) {
   if (mover_ == nullptr) {
     throw Error(ErrorCode::device,
                 properties_.name + ": move failed: the driver cannot map host memory");
   }
-  std::vector<CUstream> streams;
-  for (const StreamId stream : held) {
-    if (stream != kDefaultStream) streams.push_back(find(stream));
-  }
-  // One that is stopped already would never come to its second stop.
-  std::sort(streams.begin(), streams.end());
-  streams.erase(std::unique(streams.begin(), streams.end()), streams.end());
   const Scope scope(*this);
-  mover_->move(moves, streams, [this](std::size_t bytes) { begin(Call::move, bytes); });
+  mover_->move(moves, manner,
+               {.begin = [this](std::size_t bytes) { begin(Call::move, bytes); },
+                .drain = [&] { drain(manner.patience); },
+                .streams = [this] { return streams_to_hold(); }});
+}
+
+// Contexts that matter more have streams of a higher priority.
+std::vector<CudaHold::Stream> CudaDevice::streams_to_hold() const {
+  const std::vector<StreamId> known = known_.all();
+  std::vector<CudaHold::Stream> streams;
+  streams.reserve(known.size());
+  const std::lock_guard lock(mutex_);
+  for (const StreamId stream : known) {
+    const auto own = streams_.find(stream);
+    const bool matters =
+        own != streams_.end() && own->second.priority < properties_.least_priority;
+    streams.push_back({handle_of(stream), !matters});
+  }
+  return streams;
+}
+
+void CudaDevice::begin_capture(StreamId stream) {
+  captures_.begin(handle_of(stream));
 }
 
 // Streams and events ---------------------------------------------------------------------------
@@ -299,65 +325,51 @@ void CudaDevice::do_copy(Address destination, Address source, std::size_t bytes,
 EventId CudaDevice::do_record(StreamId stream) {
   const CUstream handle = find(stream);
   const Scope scope(*this);
-  const std::lock_guard lock(mutex_);
-  // Events that were only waited for on the device are never asked about.
-  if (pending_.size() >= sweep_at_) sweep();
-  if (idle_events_.empty()) {
-    CUevent event = nullptr;
-    driver_.check(
-        driver_.cuEventCreate_fn(&event, CU_EVENT_DISABLE_TIMING | CU_EVENT_BLOCKING_SYNC),
-        "record");
-    idle_events_.push_back(event);
+  return events_.record(handle);
+}
+
+// To ask a stream that is captured whether it is idle, or for an event, would break the capture.
+std::optional<EventId> CudaDevice::do_mark(StreamId stream, Manner::Clock::time_point deadline) {
+  const CUstream handle = handle_of(stream);
+  const Scope scope(*this);
+  for (;;) {
+    {
+      const CudaCaptures::KeptOut captures = captures_.keep_out(deadline);
+      CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
+      CUresult result = driver_.cuStreamIsCapturing_fn(handle, &status);
+      if (result == CUDA_ERROR_INVALID_HANDLE || result == CUDA_ERROR_CONTEXT_IS_DESTROYED) {
+        known_.remove(stream);
+        return std::nullopt;
+      }
+      const bool is_free = result != CUDA_ERROR_STREAM_CAPTURE_IMPLICIT &&
+                           status == CU_STREAM_CAPTURE_STATUS_NONE;
+      if (is_free) {
+        driver_.check(result, "query");
+        result = driver_.cuStreamQuery_fn(handle);
+        if (result == CUDA_SUCCESS) return std::nullopt;
+        if (result == CUDA_ERROR_NOT_READY) return events_.record(handle);
+        driver_.check(result, "query");
+      }
+      // What is captured does not run.
+      if (captures.is_beside_capture()) return std::nullopt;
+    }
+    if (Manner::Clock::now() >= deadline) {
+      throw Restless(stream, properties_.name + ": stream " + std::to_string(stream) +
+                                 " is being captured");
+    }
+    std::this_thread::sleep_for(std::chrono::microseconds(200));
   }
-  driver_.check(driver_.cuEventRecord_fn(idle_events_.back(), handle), "record");
-  pending_.emplace(next_event_, idle_events_.back());
-  idle_events_.pop_back();
-  return next_event_++;
 }
 
-// Null for an event that is known to be done.
-CUevent CudaDevice::pending(EventId event) const {
-  const auto it = pending_.find(event);
-  return it == pending_.end() ? nullptr : it->second;
-}
-
-void CudaDevice::sweep() {
-  std::erase_if(pending_, [this](const auto& entry) {
-    if (driver_.cuEventQuery_fn(entry.second) != CUDA_SUCCESS) return false;
-    idle_events_.push_back(entry.second);
-    return true;
-  });
-  sweep_at_ = std::max<std::size_t>(kFewEvents, 2 * pending_.size());
-}
-
-void CudaDevice::retire(EventId event) {
-  const auto it = pending_.find(event);
-  if (it == pending_.end()) return;
-  idle_events_.push_back(it->second);
-  pending_.erase(it);
-}
-
-// Reused events make the lock necessary over the driver's call: the event must not start to mean
-// something else while it is asked about.
 void CudaDevice::do_wait(StreamId stream, EventId event) {
   const CUstream handle = find(stream);
   const Scope scope(*this);
-  const std::lock_guard lock(mutex_);
-  if (CUevent native = pending(event)) {
-    driver_.check(driver_.cuStreamWaitEvent_fn(handle, native, CU_EVENT_WAIT_DEFAULT), "wait");
-  }
+  events_.wait(handle, event);
 }
 
 bool CudaDevice::is_done(EventId event) {
   const Scope scope(*this);
-  const std::lock_guard lock(mutex_);
-  CUevent native = pending(event);
-  if (native == nullptr) return true;
-  const CUresult result = driver_.cuEventQuery_fn(native);
-  if (result == CUDA_ERROR_NOT_READY) return false;
-  driver_.check(result, "query");
-  retire(event);
-  return true;
+  return events_.is_done(event);
 }
 
 void CudaDevice::do_synchronize() {
@@ -373,15 +385,7 @@ void CudaDevice::do_synchronize_stream(StreamId stream) {
 
 void CudaDevice::do_synchronize_event(EventId event) {
   const Scope scope(*this);
-  CUevent native = nullptr;
-  {
-    const std::lock_guard lock(mutex_);
-    native = pending(event);
-  }
-  // Should another thread retire and reuse the event meanwhile, this waits longer, never less.
-  if (native != nullptr) driver_.check(driver_.cuEventSynchronize_fn(native), "synchronize");
-  const std::lock_guard lock(mutex_);
-  if (native != nullptr && pending(event) == native) retire(event);
+  events_.synchronize(event);
 }
 
 // Nothing is put on the device for it: a wait in a stream of its own could hold up streams that

@@ -4,8 +4,7 @@
 // A stream's id is its driver handle, so that streams of others (torch's, the user's) can be named
 // as well; the default stream is kDefaultStream. Streams of ours do not synchronise with the
 // default stream and are never destroyed, since libraries keep raw handles of them: one that is
-// given back serves the next context. Events are reused once they are done. Every call runs in
-// relaxed capture mode, so that another thread's capture is not broken.
+// given back serves the next context. Every call runs in relaxed capture mode, so that another thread's capture is not broken.
 //
 // Host memory that the device can map takes a recent driver; without it nothing can be moved.
 #pragma once
@@ -16,7 +15,9 @@
 #include <unordered_map>
 #include <vector>
 
+#include "device/cuda_captures.h"
 #include "device/cuda_driver.h"
+#include "device/cuda_events.h"
 #include "device/cuda_mappings.h"
 #include "device/cuda_mover.h"
 #include "device/cuda_processors.h"
@@ -45,6 +46,10 @@ class CudaDevice final : public Device, public std::enable_shared_from_this<Cuda
   void privatise_in_child(Address /*address*/, Handle /*handle*/) noexcept override {}
 
   int ordinal() const { return ordinal_; }
+  // Around a capture of the calling thread on `stream`, which moves keep away from. begin_capture()
+  // may block; throws ErrorCode::busy if it was in vain.
+  void begin_capture(StreamId stream);
+  void end_capture(StreamId stream) { captures_.end(handle_of(stream)); }
   // Whether it is the calling thread's current device. Cheaper than to ask which one is.
   bool is_current() const {
     CUcontext current = nullptr;
@@ -67,7 +72,8 @@ class CudaDevice final : public Device, public std::enable_shared_from_this<Cuda
   void do_unreserve(Address address, std::size_t bytes) override;
   void do_map(Address address, Handle handle) override;
   void do_unmap(Address address, Handle handle) override;
-  void do_move(std::span<Move> moves, std::span<const StreamId> held) override;
+  void do_move(std::span<Move> moves, const Manner& manner) override;
+  std::optional<EventId> do_mark(StreamId stream, Manner::Clock::time_point deadline) override;
   StreamId do_create_stream(int priority, ProcessorSet processors) override;
   void do_destroy_stream(StreamId stream) override;
   void do_copy(Address destination, Address source, std::size_t bytes, StreamId stream) override;
@@ -80,9 +86,7 @@ class CudaDevice final : public Device, public std::enable_shared_from_this<Cuda
 
   static CUstream handle_of(StreamId stream);
   CUstream find(StreamId stream) const;
-  CUevent pending(EventId event) const;
-  void retire(EventId event);
-  void sweep();
+  std::vector<CudaHold::Stream> streams_to_hold() const;
 
   struct Stream {
     int priority = 0;
@@ -97,16 +101,13 @@ class CudaDevice final : public Device, public std::enable_shared_from_this<Cuda
   std::vector<CUmemAllocationProp> host_memory_;  // the first that can be had
   CudaMappings mappings_;
   CudaProcessors processors_;
+  CudaCaptures captures_;
+  CudaEvents events_;
   std::unique_ptr<CudaMover> mover_;  // null where moves are not possible
 
   mutable std::mutex mutex_;
   std::size_t created_bytes_ = 0;
   std::unordered_map<StreamId, Stream> streams_;  // ours
-  std::unordered_map<EventId, CUevent> pending_;
-  std::vector<CUevent> idle_events_;
-  EventId next_event_ = 1;
-  static constexpr std::size_t kFewEvents = 64;
-  std::size_t sweep_at_ = kFewEvents;
 };
 
 }  // namespace pgk

@@ -67,7 +67,8 @@
   X(cuDevSmResourceSplitByCount, 12040) \
   X(cuDevResourceGenerateDesc, 12040)   \
   X(cuGreenCtxCreate, 12040)            \
-  X(cuGreenCtxStreamCreate, 12050)
+  X(cuGreenCtxStreamCreate, 12050)      \
+  X(cuCtxWaitEvent, 12050)
 
 namespace pgk {
 

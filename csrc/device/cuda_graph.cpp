@@ -1,6 +1,7 @@
 #include "device/cuda_graph.h"
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 namespace pgk {
@@ -66,6 +67,12 @@ CUgraphNode CudaGraph::copy(Nodes after, Address destination, Address source, st
 CUgraphNode CudaGraph::write(Nodes after, CUdeviceptr flag, std::uint32_t value) {
   CUstreamBatchMemOpParams operation = write_operation(flag, value);
   return add(after, &operation, 1);
+}
+
+CUgraphNode CudaGraph::start(CUdeviceptr gate, CUdeviceptr flag, std::uint32_t value) {
+  auto operations = stop_operations(flag, gate, value);
+  std::swap(operations[0], operations[1]);
+  return add({}, operations.data(), operations.size());
 }
 
 CUgraphNode CudaGraph::stop(Nodes after, CUdeviceptr flag, CUdeviceptr gate, std::uint32_t value) {

@@ -31,6 +31,9 @@ class CudaGraph {
   CUgraphNode copy(Nodes after, Address destination, Address source, std::size_t bytes);
   // All work before it is visible to whoever sees the value.
   CUgraphNode write(Nodes after, CUdeviceptr flag, std::uint32_t value);
+  // Waits until `gate` has reached the value, and writes it to `flag`.
+  CUgraphNode start(CUdeviceptr gate, CUdeviceptr flag, std::uint32_t value);
+  // The other way round.
   CUgraphNode stop(Nodes after, CUdeviceptr flag, CUdeviceptr gate, std::uint32_t value);
 
   // Makes it ready to be launched.

@@ -1,10 +1,11 @@
 #include "device/cuda_hold.h"
 
+#include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <thread>
 
-#include "core/error.h"
 #include "device/cuda_graph.h"
 #include "device/waiters.h"
 
@@ -13,24 +14,39 @@ namespace {
 
 using namespace std::chrono_literals;
 
-// Far longer than the submissions take that it stands for, and short enough for those held up.
-constexpr auto kLongestStop = 50ms;
-// For streams whose work waits for something that will not come as long as others are stopped.
-constexpr auto kLongestWait = 1s;
+// From the first stop to the last flag: with what comes then no more than a guaranteed request
+// should feel.
+constexpr auto kLongestStop = 1500us;
+// The same of streams that matter less, before any other one is kept from going on: what they have
+// queued may take that long.
+constexpr auto kLongestPatience = 60ms;
 constexpr auto kYielding = 200us;
-// Work ahead of a graph may take that long. But if the device has failed, no flag will ever tell.
-constexpr auto kUntilAsked = 1s;
+// A page takes some milliseconds at most. Longer only if a hardware queue is blocked, which will
+// not change.
+constexpr auto kNothingComes = 200ms;
+// But if the device has failed, no flag will ever tell.
+constexpr auto kUntilAsked = 50ms;
 
-void open_gate(CudaFlags& flags, std::uint32_t number) {
-  std::atomic_ref(flags.gate).store(number, std::memory_order_release);
+constexpr const char* kRestless = "did not come to rest";
+constexpr const char* kSlow = "the device was slow";
+
+StreamId id_of(CUstream stream) {
+  return reinterpret_cast<StreamId>(stream);
 }
 
 }  // namespace
 
 // Watchdog -------------------------------------------------------------------------------------
 
-void CudaWatchdog::start() {
-  Waiters::wait_for([self = shared_from_this()] { self->watch(); });
+bool CudaWatchdog::watch_for(std::chrono::nanoseconds time) {
+  {
+    const std::lock_guard lock(mutex_);
+    deadline_ = Clock::now() + time;
+    if (!is_started_) Waiters::wait_for([self = shared_from_this()] { self->watch(); });
+    is_started_ = true;
+  }
+  changed_.notify_one();
+  return !has_opened();
 }
 
 bool CudaWatchdog::stop() {
@@ -45,23 +61,13 @@ bool CudaWatchdog::stop() {
 void CudaWatchdog::watch() {
   std::unique_lock lock(mutex_);
   while (watching_) {
-    if (must_open()) {
+    if (Clock::now() >= deadline_) {
       opened_.store(true, std::memory_order_release);
-      open_gate(flags_, number_);
+      flags_.open(number_);
       return;
     }
-    changed_.wait_for(lock, 1ms);
+    changed_.wait_until(lock, deadline_);
   }
-}
-
-bool CudaWatchdog::must_open() {
-  const auto now = Clock::now();
-  if (now - started_at_ > kLongestWait) return true;
-  if (stopped_at_) return now - *stopped_at_ > kLongestStop;
-  for (std::uint32_t& flag : stopped_) {
-    if (CudaFlags::holds(flag, number_)) stopped_at_ = now;
-  }
-  return false;
 }
 
 // What holds need ------------------------------------------------------------------------------
@@ -75,7 +81,7 @@ CudaHolds::CudaHolds(const CudaDriver& driver, CUcontext context)
   flags_ = static_cast<CudaFlags*>(memory);
   CUresult result = driver_.cuStreamCreateWithPriority_fn(&stream_, CU_STREAM_NON_BLOCKING, 0);
   if (result == CUDA_SUCCESS) {
-    result = driver_.cuEventCreate_fn(&event_, CU_EVENT_DISABLE_TIMING | CU_EVENT_BLOCKING_SYNC);
+    result = driver_.cuEventCreate_fn(&event_, CU_EVENT_DISABLE_TIMING);
     if (result != CUDA_SUCCESS) driver_.cuStreamDestroy_fn(stream_);
   }
   if (result != CUDA_SUCCESS) driver_.cuMemFreeHost_fn(flags_);
@@ -88,11 +94,17 @@ CudaHolds::~CudaHolds() {
   driver_.cuMemFreeHost_fn(flags_);
 }
 
+// The driver reads the variable when CUDA is initialized; 8 is its default.
+std::size_t CudaHolds::most_stops() {
+  static const std::size_t queues = [] {
+    const char* set = std::getenv("CUDA_DEVICE_MAX_CONNECTIONS");
+    const int number = set == nullptr ? 0 : std::atoi(set);
+    return static_cast<std::size_t>(number < 1 || number > 32 ? 8 : number);
+  }();
+  return queues - std::min<std::size_t>(queues, 3);
+}
+
 std::span<std::uint32_t> CudaHolds::take_stops(std::size_t count) {
-  if (count > CudaFlags::kStops) {
-    throw Error(ErrorCode::invalid_value,
-                "cuda: " + std::to_string(count) + " streams are too many to be held at a time");
-  }
   if (next_stop_ + count > CudaFlags::kStops) next_stop_ = 0;
   const std::span<std::uint32_t> stops(flags_->stopped.data() + next_stop_, count);
   next_stop_ += count;
@@ -102,69 +114,159 @@ std::span<std::uint32_t> CudaHolds::take_stops(std::size_t count) {
 // A hold ---------------------------------------------------------------------------------------
 
 CudaHold::~CudaHold() {
-  open_gate(holds_.flags(), number_);
+  holds_.flags().open(number_);
   if (watchdog_ != nullptr) watchdog_->stop();
   try {
-    while (launched_ && !CudaFlags::holds(holds_.flags().finished, number_)) pause();
+    for (renew(); launched_ && !CudaFlags::holds(holds_.flags().finished, number_);) {
+      if (Clock::now() - since_ < kYielding) {
+        std::this_thread::yield();
+      } else {
+        std::this_thread::sleep_for(20us);
+        if (has_failed()) return;
+        ask_device();
+      }
+    }
   } catch (const Error&) {
     // A device that has failed runs nothing.
   }
 }
 
-void CudaHold::launch(CUgraphExec graph, std::span<const CUstream> streams) {
+void CudaHold::take(CUgraphExec graph, const Streams& streams, Way way) {
   const CudaDriver& driver = holds_.driver_;
-  refuse_capture(CU_STREAM_LEGACY);
-  for (CUstream stream : streams) refuse_capture(stream);
-  if (!streams.empty()) {
-    // What a first launch would have to do.
-    driver.check(driver.cuGraphUpload_fn(graph, holds_.stream_), "move (upload)");
-    driver.check(driver.cuStreamSynchronize_fn(holds_.stream_), "move (upload)");
-    stop(streams);
+  driver.check(driver.cuGraphLaunch_fn(graph, holds_.stream_), "move (launch)");
+  launched_ = true;
+  driver.check(driver.cuEventRecord_fn(holds_.event_, holds_.stream_), "move (record)");
+
+  watchdog_ = std::make_shared<CudaWatchdog>(holds_.flags(), number_);
+  std::vector<Stop> stopped;
+  if (way == Way::context) {
+    if (const auto patient = busy(streams, /*patient_ones=*/true); !patient.empty()) {
+      watch_for(kLongestPatience, patient.front());
+      stopped = stop(patient);
+      await_stops(stopped);
+    }
   }
-  const CUresult result = driver.cuGraphLaunch_fn(graph, CU_STREAM_LEGACY);
-  launched_ = result == CUDA_SUCCESS;
-  if (result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT) give_up("a capture depends on it");
-  driver.check(result, "move (launch)");
+  std::vector<CUstream> others;
+  if (way == Way::context) {
+    others = busy(streams, /*patient_ones=*/false);
+  } else {
+    // What is captured does not run.
+    for (const Stream& stream : streams()) {
+      if (!is_capturing(stream.handle)) others.push_back(stream.handle);
+    }
+  }
+  if (stopped.size() + others.size() > holds_.most_stops() && !others.empty()) {
+    // Each would block a hardware queue until none is left, and ours with them.
+    if (way == Way::streams || stopped.size() >= holds_.most_stops()) {
+      give_up(others.front(), "is one of more than can be stopped at a time");
+    }
+    others.resize(holds_.most_stops() - stopped.size());
+  }
+  start_ = Clock::now();
+  watch_for(kLongestStop, others.empty() ? nullptr : others.front());
+  const std::vector<Stop> more = stop(others);
+  stopped.insert(stopped.end(), more.begin(), more.end());
+  if (way == Way::context) {
+    const CUresult result = driver.cuCtxWaitEvent_fn(holds_.context_, holds_.event_);
+    if (result == CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED) {
+      give_up(nullptr, "a graph is being captured that nobody announced");
+    }
+    driver.check(result, "move (hold)");
+    await_rest(streams, stopped);
+  } else {
+    await_stops(stopped);
+  }
+  std::atomic_ref(holds_.flags().go).store(number_, std::memory_order_release);
+  while (!CudaFlags::holds(holds_.flags().started, number_)) {
+    if (watchdog_->has_opened()) give_up(nullptr, kSlow);
+    std::this_thread::yield();
+  }
+  if (!watchdog_->stop()) give_up(nullptr, kSlow);
   renew();
-  if (watchdog_ == nullptr) return;
-  await(holds_.flags().started);
-  if (!watchdog_->stop()) give_up("streams were stopped for too long");
 }
 
-void CudaHold::refuse_capture(CUstream stream) const {
+void CudaHold::watch_for(std::chrono::nanoseconds time, CUstream for_whom) {
+  if (!watchdog_->watch_for(time)) give_up(for_whom, kRestless);
+}
+
+// Those that are at work, at most as many as can be stopped.
+std::vector<CUstream> CudaHold::busy(const Streams& streams, bool patient_ones) const {
+  std::vector<CUstream> busy;
+  for (const Stream& stream : streams()) {
+    const bool is_counted = stream.is_patient == patient_ones;
+    if (is_counted && !is_idle(stream.handle)) busy.push_back(stream.handle);
+  }
+  // Half of them: whoever stands still for long must not take all hardware queues.
+  const std::size_t most = patient_ones ? holds_.most_stops() / 2 : CudaFlags::kStops / 2;
+  busy.resize(std::min(busy.size(), most));
+  return busy;
+}
+
+bool CudaHold::is_capturing(CUstream stream) const {
   CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
   const CUresult result = holds_.driver_.cuStreamIsCapturing_fn(stream, &status);
-  if (result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT || status != CU_STREAM_CAPTURE_STATUS_NONE) {
-    give_up("a stream is being captured");
-  }
-  holds_.driver_.check(result, "move (query)");
+  return result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT ||
+         (result == CUDA_SUCCESS && status != CU_STREAM_CAPTURE_STATUS_NONE);
 }
 
-void CudaHold::stop(std::span<const CUstream> streams) {
-  const CudaDriver& driver = holds_.driver_;
-  // Streams that have much to do would leave the others standing meanwhile.
-  const auto drain = [&](CUstream stream) {
-    driver.check(driver.cuEventRecord_fn(holds_.event_, stream), "move (record)");
-    driver.check(driver.cuEventSynchronize_fn(holds_.event_), "move (synchronize)");
-  };
-  drain(CU_STREAM_LEGACY);
-  for (CUstream stream : streams) drain(stream);
+bool CudaHold::is_idle(CUstream stream) const {
+  // To ask one that is captured would break the capture.
+  if (is_capturing(stream)) give_up(stream, "is being captured");
+  const CUresult result = holds_.driver_.cuStreamQuery_fn(stream);
+  // One that has been destroyed has nothing to do.
+  if (result == CUDA_ERROR_NOT_READY) return false;
+  if (result != CUDA_ERROR_INVALID_HANDLE && result != CUDA_ERROR_CONTEXT_IS_DESTROYED) {
+    holds_.driver_.check(result, "move (query)");
+  }
+  return true;
+}
 
+std::vector<CudaHold::Stop> CudaHold::stop(const std::vector<CUstream>& streams) {
+  const CudaDriver& driver = holds_.driver_;
   const auto flags = holds_.take_stops(streams.size());
-  watchdog_ = std::make_shared<CudaWatchdog>(holds_.flags(), number_, flags);
-  watchdog_->start();
+  std::vector<Stop> stops;
   for (std::size_t i = 0; i < streams.size(); ++i) {
     auto operations = stop_operations(CudaFlags::address_of(flags[i]),
                                       CudaFlags::address_of(holds_.flags().gate), number_);
     driver.check(driver.cuStreamBatchMemOp_fn(streams[i], operations.size(), operations.data(), 0),
                  "move (stop)");
+    stops.push_back({streams[i], &flags[i]});
   }
-  for (std::uint32_t& flag : flags) await(flag);
+  return stops;
 }
 
-void CudaHold::await(std::uint32_t& flag) {
-  for (renew(); !CudaFlags::holds(flag, number_); pause()) {
-    if (watchdog_->has_opened()) give_up("streams were stopped for too long");
+void CudaHold::await_stops(std::vector<Stop> stops) {
+  for (;;) {
+    std::erase_if(stops, [this](Stop& stop) { return CudaFlags::holds(*stop.flag, number_); });
+    if (stops.empty()) return;
+    if (watchdog_->has_opened()) give_up(stops.front().stream, kRestless);
+    std::this_thread::sleep_for(10us);
+  }
+}
+
+// Streams that are announced meanwhile are waited for as well; whatever they are given from now on
+// comes after the hold.
+void CudaHold::await_rest(const Streams& streams, const std::vector<Stop>& stopped) {
+  std::vector<CUstream> at_rest;
+  const auto is_at_rest = [&](CUstream stream) {
+    const auto stop = std::find_if(stopped.begin(), stopped.end(),
+                                   [=](const Stop& known) { return known.stream == stream; });
+    return stop != stopped.end() ? CudaFlags::holds(*stop->flag, number_) : is_idle(stream);
+  };
+  for (;;) {
+    CUstream restless = nullptr;
+    for (const Stream& stream : streams()) {
+      // Once is enough.
+      if (std::find(at_rest.begin(), at_rest.end(), stream.handle) != at_rest.end()) continue;
+      if (is_at_rest(stream.handle)) {
+        at_rest.push_back(stream.handle);
+      } else {
+        restless = stream.handle;
+      }
+    }
+    if (restless == nullptr) return;
+    if (watchdog_->has_opened()) give_up(restless, kRestless);
+    std::this_thread::yield();
   }
 }
 
@@ -175,34 +277,41 @@ void CudaHold::pause() {
     return;
   }
   std::this_thread::sleep_for(20us);
-  if (failure_ != nullptr && *failure_ != CUDA_SUCCESS) {
-    holds_.driver_.check(*failure_, "move");
-  }
-  if (waited > kUntilAsked) {
-    ask_device();
-    renew();
+  if (has_failed()) holds_.driver_.check(*failure_, "move");
+  ask_device();
+  if (waited > kNothingComes) {
+    throw Error(ErrorCode::busy, "cuda: streams were held, and the move did not get on");
   }
 }
 
-// In another thread: it may get its answer no sooner than the gate is open.
+bool CudaHold::has_failed() const {
+  return failure_ != nullptr && *failure_ != CUDA_SUCCESS;
+}
+
+// In another thread: it may get its answer no sooner than the hold is opened.
 void CudaHold::ask_device() {
-  if (failure_ != nullptr && failure_.use_count() > 1) return;
+  const auto now = Clock::now();
+  const bool is_asking = failure_ != nullptr && failure_.use_count() > 1;
+  if (is_asking || now - std::max(since_, asked_at_) < kUntilAsked) return;
+  asked_at_ = now;
   failure_ = std::make_shared<std::atomic<CUresult>>(CUDA_SUCCESS);
-  Waiters::wait_for([driver = &holds_.driver_, context = holds_.context_, failure = failure_] {
+  Waiters::wait_for([driver = &holds_.driver_, context = holds_.context_,
+                     stream = holds_.stream_, failure = failure_] {
     try {
       const CudaScope scope(*driver, context);
-      const CUresult result = driver->cuStreamQuery_fn(CU_STREAM_LEGACY);
-      const bool works = result == CUDA_SUCCESS || result == CUDA_ERROR_NOT_READY ||
-                         result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
-      if (!works) *failure = result;
+      const CUresult result = driver->cuStreamQuery_fn(stream);
+      if (result != CUDA_SUCCESS && result != CUDA_ERROR_NOT_READY) *failure = result;
     } catch (const Error&) {
       *failure = CUDA_ERROR_UNKNOWN;
     }
   });
 }
 
-void CudaHold::give_up(const char* why) const {
-  throw Error(ErrorCode::busy, std::string("cuda: the streams could not be held: ") + why);
+void CudaHold::give_up(CUstream stream, const char* why) {
+  throw Restless(id_of(stream),
+                 "cuda: streams could not be held: " +
+                     (stream == nullptr ? "" : "stream " + std::to_string(id_of(stream)) + " ") +
+                     why);
 }
 
 }  // namespace pgk

@@ -1,12 +1,20 @@
 // Streams that stand still while memory changes its place under them.
 //
-// A stream is stopped by two operations in it: it writes a number to a flag, and waits until the
-// CPU has written the same number to the gate. While one is stopped, some calls of the driver block
-// whoever makes them until it goes on, among them cudaFree and the first launch of a kernel, and
-// such a thread may have locks of the driver that a submission needs. So nothing is submitted while
-// anything is stopped, with one exception: where several streams must be stopped, the last
-// submission comes after the first has taken effect. Then a watchdog, which calls nothing of the
-// driver, opens the gate should that take too long, and nothing is moved.
+// What is to be done meanwhile is a graph of ours, in a stream of ours. It is launched first and
+// waits for `go`; behind it an event waits for `gate`. Then everybody is kept from going on: all
+// streams of the device's context at once, also those that are made afterwards, by having the
+// context wait for the event. Nothing tells where in a stream that wait is. So a stream stands
+// still once it is idle; and one that is at work, whose owner may submit more and more behind the
+// wait, is stopped by operations in it before: one writes a number to a flag, the other waits for
+// `gate`. When all are idle or have written their flags, `go` is given; at the end `gate` is opened.
+//
+// While a stream is stopped, some calls of the driver block whoever makes them until it goes on,
+// among them cudaFree and the first launch of a kernel, and such a thread may have locks of the
+// driver that our submissions need. So a watchdog, which calls nothing of the driver, opens `go` and
+// `gate` unless all stand still in time, and nothing is moved. From then on nothing is submitted.
+//
+// Stopped streams, and our graph, each block one of the few hardware queues that all streams share:
+// so only few can be stopped at a time, while the context's wait holds any number.
 #pragma once
 
 #include <array>
@@ -14,10 +22,11 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <span>
+#include <vector>
 
 #include "device/cuda_driver.h"
 #include "device/device.h"
@@ -31,9 +40,10 @@ struct CudaFlags {
   static constexpr std::size_t kPages = 16;  // of a lane
   static constexpr std::size_t kStops = 1024;
 
-  alignas(64) std::uint32_t gate;
-  alignas(64) std::uint32_t started;  // the default stream has come to the graph
-  std::uint32_t finished;             // nothing of the graph runs any more, it waits at the gate
+  alignas(64) std::uint32_t go;
+  std::uint32_t gate;
+  alignas(64) std::uint32_t started;  // the graph has seen `go`
+  std::uint32_t finished;             // nothing of it runs any more
   std::array<std::array<std::uint32_t, kPages>, kLanes> ready;
   alignas(64) std::array<std::array<Fingerprint, kPages>, kLanes> contents;
   alignas(64) std::array<Fingerprint, kPages> staged;  // what was copied ahead of a hold
@@ -47,33 +57,34 @@ struct CudaFlags {
   static bool holds(std::uint32_t& flag, std::uint32_t number) {
     return std::atomic_ref(flag).load(std::memory_order_acquire) == number;
   }
+  void open(std::uint32_t number) {
+    std::atomic_ref(go).store(number, std::memory_order_release);
+    std::atomic_ref(gate).store(number, std::memory_order_release);
+  }
 };
 
-// Opens the gate of a hold if streams stay stopped for too long, from a thread of its own.
+// Opens a hold if streams are not at rest in time, from a thread of its own.
 class CudaWatchdog : public std::enable_shared_from_this<CudaWatchdog> {
  public:
-  CudaWatchdog(CudaFlags& flags, std::uint32_t number, std::span<std::uint32_t> stopped)
-      : flags_(flags), number_(number), stopped_(stopped) {}
+  CudaWatchdog(CudaFlags& flags, std::uint32_t number) : flags_(flags), number_(number) {}
 
-  void start();
-  // Whether it has opened the gate.
+  // From the first call on, and anew with each. False if it has opened the hold.
+  bool watch_for(std::chrono::nanoseconds time);
   bool has_opened() const { return opened_.load(std::memory_order_acquire); }
-  // From then on it will not, and looks at nothing. False if it has.
+  // From then on it looks at nothing. False if it has opened the hold.
   bool stop();
 
  private:
   using Clock = std::chrono::steady_clock;
 
   void watch();
-  bool must_open();
 
   CudaFlags& flags_;
   const std::uint32_t number_;
-  const std::span<std::uint32_t> stopped_;
-  const Clock::time_point started_at_ = Clock::now();
-  std::optional<Clock::time_point> stopped_at_;
   std::mutex mutex_;
   std::condition_variable changed_;
+  Clock::time_point deadline_;
+  bool is_started_ = false;
   bool watching_ = true;
   std::atomic<bool> opened_{false};
 };
@@ -88,10 +99,16 @@ class CudaHolds {
 
   CUcontext context() const { return context_; }
   CudaFlags& flags() { return *flags_; }
-  // Of ours, idle.
+  // Of ours; idle outside of holds.
   CUstream stream() const { return stream_; }
   // The number of the next hold. Starts at 1: flags are 0 before the first.
   std::uint32_t next_number() { return ++number_; }
+  // Whether the driver can hold all streams at once.
+  static bool has_context_wait(const CudaDriver& driver) {
+    return driver.cuCtxWaitEvent_fn != nullptr;
+  }
+  // How many streams can be stopped at a time, beside a graph with two branches.
+  static std::size_t most_stops();
 
  private:
   friend class CudaHold;
@@ -106,39 +123,63 @@ class CudaHolds {
   std::size_t next_stop_ = 0;
 };
 
-// One hold, from its first submission to the opening of the gate. One at a time for a device.
+// One hold, from its first submission until it is opened. One at a time for a device.
 class CudaHold {
  public:
+  using Clock = std::chrono::steady_clock;
+  struct Stream {
+    CUstream handle = nullptr;
+    bool is_patient = false;  // it may stand still for longer: nobody's who matters most
+  };
+  // Those that have to be at rest. May be called while streams are held.
+  using Streams = std::function<std::vector<Stream>()>;
+  // Who is kept from going on: the whole context; or each of the streams, by stops. The latter is
+  // for drivers that lack the former, and beside captures, which it would break. (Memory that its
+  // owner alone may touch will need neither.)
+  enum class Way { context, streams };
+
   CudaHold(CudaHolds& holds, std::uint32_t number) : holds_(holds), number_(number) {}
-  // Opens the gate, and waits until nothing of the graph runs any more.
+  // Opens it, and waits until nothing of the graph runs any more.
   ~CudaHold();
   CudaHold(const CudaHold&) = delete;
   CudaHold& operator=(const CudaHold&) = delete;
 
-  // Launches the graph on the default stream, once all of `streams` are stopped: non-blocking ones,
-  // since the default stream would wait for others, and they for it. The graph must write `started`
-  // first and stop at `finished` last. When this returns, no call of the driver's is left
-  // to make but those of mapping. Throws ErrorCode::busy if that could not be had.
-  void launch(CUgraphExec graph, std::span<const CUstream> streams);
-  // Between looks at flags. Throws ErrorCode::device if the device has failed, and none will come.
+  // The graph must wait for `go` and write `started` first, and stop at `finished` last. When this
+  // returns it runs, everybody stands still, and no call of the driver's is left to make but those
+  // of mapping. Throws Restless if that could not be had in time.
+  void take(CUgraphExec graph, const Streams& streams, Way way);
+  // Between looks at flags. Throws ErrorCode::busy if none come any more, ErrorCode::device if the
+  // device has failed.
   void pause();
   // After a flag that was seen.
   void renew() { since_ = Clock::now(); }
+  // When the first stream was kept from going on.
+  Clock::time_point start() const { return start_; }
 
  private:
-  using Clock = std::chrono::steady_clock;
+  struct Stop {
+    CUstream stream = nullptr;
+    std::uint32_t* flag = nullptr;
+  };
 
-  void refuse_capture(CUstream stream) const;
-  void stop(std::span<const CUstream> streams);
-  void await(std::uint32_t& flag);
+  std::vector<Stop> stop(const std::vector<CUstream>& streams);
+  std::vector<CUstream> busy(const Streams& streams, bool patient_ones) const;
+  bool is_capturing(CUstream stream) const;
+  bool is_idle(CUstream stream) const;
+  void await_stops(std::vector<Stop> stops);
+  void await_rest(const Streams& streams, const std::vector<Stop>& stopped);
+  void watch_for(std::chrono::nanoseconds time, CUstream for_whom);
+  bool has_failed() const;
   void ask_device();
-  [[noreturn]] void give_up(const char* why) const;
+  [[noreturn]] static void give_up(CUstream stream, const char* why);
 
   CudaHolds& holds_;
   std::uint32_t number_;
   bool launched_ = false;
-  std::shared_ptr<CudaWatchdog> watchdog_;  // null where only the default stream is held
+  std::shared_ptr<CudaWatchdog> watchdog_;  // null until streams are kept from going on
+  Clock::time_point start_{};
   Clock::time_point since_ = Clock::now();
+  Clock::time_point asked_at_{};
   std::shared_ptr<std::atomic<CUresult>> failure_;  // null until the device is asked
 };
 

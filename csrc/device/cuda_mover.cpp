@@ -2,10 +2,13 @@
 
 #include <algorithm>
 #include <charconv>
+#include <chrono>
 #include <cstdint>
 #include <string>
+#include <thread>
 
 #include "core/error.h"
+#include "core/scope_exit.h"
 #include "core/types.h"
 
 namespace pgk {
@@ -16,14 +19,20 @@ constexpr std::size_t kMiB = std::size_t{1} << 20;
 // What is moved in one hold: of each direction what is copied in it, in 2.5 ms at 55 GB/s, and of
 // unchanged pages, nearly all of whose time goes into mapping host memory, 0.5 ms per 32 MiB.
 constexpr std::size_t kBatch = 128 * kMiB;
-// Of pages that were copied ahead, where a hold does nothing else: the shorter the better for
-// whoever works on the default stream, and to launch one takes little of its time.
-constexpr std::size_t kCopiedBatch = 32 * kMiB;
+// The same where others are at work; and of pages that were copied ahead, where a hold does nothing
+// else: the shorter the better for whoever is held, and to begin one takes little of its time.
+constexpr std::size_t kSmallBatch = 32 * kMiB;
+// How long it is before streams that did not come to rest are held again, at first and at most.
+constexpr auto kFirstPause = std::chrono::microseconds(100);
+constexpr auto kLongestPause = std::chrono::milliseconds(8);
 
-// What a hold takes of pages that were copied ahead.
-std::size_t copied_batch(bool brings_in) {
-  // Beside copies there is time for more.
-  return brings_in ? kBatch : kCopiedBatch;
+std::size_t batch_of(const Manner& manner) {
+  return manner.is_gentle ? kSmallBatch : kBatch;
+}
+
+// What a hold takes of pages that were copied ahead. Beside copies there is time for more.
+std::size_t copied_batch(bool brings_in, const Manner& manner) {
+  return brings_in ? batch_of(manner) : kSmallBatch;
 }
 
 // Appends the first pages of the queue: one at least, and others as far as `limit` bytes allow.
@@ -51,10 +60,11 @@ std::string hexadecimal(Address address) {
 }  // namespace
 
 CudaMover::CudaMover(const CudaDriver& driver, CUcontext context, CUdevice ordinal,
-                     CudaMappings& mappings)
+                     CudaMappings& mappings, CudaCaptures& captures)
     : driver_(driver),
       ordinal_(ordinal),
       mappings_(mappings),
+      captures_(captures),
       holds_(driver, context),
       staging_(driver, ordinal, mappings, holds_.flags()) {}
 
@@ -65,7 +75,7 @@ void CudaMover::prepare() {
                        CudaFlags::address_of(holds_.flags().contents[0][0]));
 }
 
-void CudaMover::move(std::span<Move> moves, std::span<const CUstream> held, const Begin& begin) {
+void CudaMover::move(std::span<Move> moves, const Manner& manner, const Asks& asks) {
   const std::lock_guard lock(mutex_);
   prepare();
   // However this ends, nothing may write to handles afterwards.
@@ -75,20 +85,19 @@ void CudaMover::move(std::span<Move> moves, std::span<const CUstream> held, cons
   } const clearing{staging_};
 
   Left left = sort(moves);
-  const bool ahead = held.empty() && fingerprint_->is_available();
   while (!left.is_empty() || !staging_.is_empty()) {
-    if (ahead) {
-      copy_ahead(left);
+    if (fingerprint_->is_available()) {
+      copy_ahead(left, manner);
     } else {
       left.changed.insert(left.changed.end(), left.outs.begin(), left.outs.end());
       left.outs.clear();
     }
-    const Batch batch = next_batch(left, !held.empty());
+    const Batch batch = next_batch(left, manner);
     if (std::all_of(batch.begin(), batch.end(), [](const Lane& lane) { return lane.empty(); })) {
       staging_.await_oldest();
       continue;
     }
-    carry_out(batch, held, begin);
+    carry_out(batch, manner, asks);
     for (const Step& step : batch[kCompared]) {
       // A page that is written to all the time would never be the same as its copy.
       if (!step.move->done) (step.copied ? left.changed : left.outs).push_back(step.move);
@@ -105,10 +114,10 @@ CudaMover::Left CudaMover::sort(std::span<Move> moves) const {
   return left;
 }
 
-void CudaMover::copy_ahead(Left& left) {
+void CudaMover::copy_ahead(Left& left, const Manner& manner) {
   // For the next hold, and to be copied during it. More would take the copy engine from mapping,
   // which needs it as well.
-  const std::size_t ahead = 2 * copied_batch(!left.ins.empty());
+  const std::size_t ahead = 2 * copied_batch(!left.ins.empty(), manner);
   while (!left.outs.empty()) {
     Move& next = *left.outs.front();
     if (staging_.is_full(next.from.bytes, ahead)) return;
@@ -125,19 +134,25 @@ void CudaMover::copy_ahead(Left& left) {
   }
 }
 
-CudaMover::Batch CudaMover::next_batch(Left& left, bool holds_streams) {
+CudaMover::Batch CudaMover::next_batch(Left& left, const Manner& manner) {
   Batch batch;
   const auto copy = [](Move* move) { return Step{move, std::nullopt, true}; };
-  take_copied(batch[kCompared], copied_batch(!left.ins.empty()));
+  const auto is_full = [&] {
+    const auto has_steps = [](const Lane& lane) { return !lane.empty(); };
+    return manner.is_gentle && std::any_of(batch.begin(), batch.end(), has_steps);
+  };
+  take_copied(batch[kCompared], copied_batch(!left.ins.empty(), manner));
   if (batch[kCompared].empty()) {
-    take(left.known, kBatch, batch[kCompared],
+    take(left.known, batch_of(manner), batch[kCompared],
          [](Move* move) { return Step{move, move->known, false}; });
   }
-  // Streams that are at work are not stopped for both.
-  if (holds_streams && !batch[kCompared].empty()) return batch;
-  take(left.ins, kBatch, batch[kIn], copy);
+  if (is_full()) return batch;
+  take(left.ins, batch_of(manner), batch[kIn], copy);
+  if (is_full()) return batch;
   // Copies ahead of holds would only slow these down.
-  if (left.outs.empty() && staging_.is_empty()) take(left.changed, kBatch, batch[kOut], copy);
+  if (left.outs.empty() && staging_.is_empty()) {
+    take(left.changed, batch_of(manner), batch[kOut], copy);
+  }
   return batch;
 }
 
@@ -153,24 +168,58 @@ void CudaMover::take_copied(Lane& lane, std::size_t limit) {
   }
 }
 
-void CudaMover::carry_out(const Batch& batch, std::span<const CUstream> held, const Begin& begin) {
-  CudaFlags& flags = holds_.flags();
+// Until it has been done once. What was submitted for a hold that was given up does nothing but
+// copy in vain.
+void CudaMover::carry_out(const Batch& batch, const Manner& manner, const Asks& asks) {
+  const auto deadline = Manner::Clock::now() + manner.patience;
+  std::chrono::microseconds pause = kFirstPause;
+  for (;;) {
+    try {
+      hold_for(batch, manner, asks);
+      return;
+    } catch (const Restless&) {
+      if (Manner::Clock::now() + pause >= deadline) throw;
+    }
+    std::this_thread::sleep_for(pause);
+    pause = std::min<std::chrono::microseconds>(2 * pause, kLongestPause);
+    asks.drain();
+  }
+}
+
+void CudaMover::hold_for(const Batch& batch, const Manner& manner, const Asks& asks) {
+  if (manner.is_gentle) std::this_thread::sleep_until(pace_.next(CudaPace::Clock::now()));
+  const CudaCaptures::KeptOut captures = captures_.keep_out(CudaCaptures::Clock::now() + manner.patience);
+  const bool is_at_once =
+      CudaHolds::has_context_wait(driver_) && !captures.is_beside_capture();
   const std::uint32_t number = holds_.next_number();
   CudaGraph graph(driver_, holds_.context());
   add_steps(graph, batch, number);
   graph.instantiate();
+  driver_.check(driver_.cuGraphUpload_fn(graph.executable(), holds_.stream()), "move (upload)");
+
+  CudaPace::Clock::time_point start{};
+  const ScopeExit note([&] {
+    if (start != CudaPace::Clock::time_point{}) pace_.add(start, CudaPace::Clock::now());
+  });
+  CudaHold hold(holds_, number);
+  const ScopeExit tell([&] { start = hold.start(); });
+  hold.take(graph.executable(), asks.streams,
+            is_at_once ? CudaHold::Way::context : CudaHold::Way::streams);
+  finish_steps(hold, number, batch, asks);
+}
+
+void CudaMover::finish_steps(CudaHold& hold, std::uint32_t number, const Batch& batch,
+                             const Asks& asks) {
+  CudaFlags& flags = holds_.flags();
   std::array<std::size_t, CudaFlags::kLanes> next{};
   std::size_t left = 0;
   for (const Lane& lane : batch) left += lane.size();
-
-  CudaHold hold(holds_, number);
-  hold.launch(graph.executable(), held);
   while (left > 0) {
     bool found = false;
     for (std::size_t lane = 0; lane < batch.size(); ++lane) {
       const std::size_t i = next[lane];
       if (i == batch[lane].size() || !CudaFlags::holds(flags.ready[lane][i], number)) continue;
-      finish(batch[lane][i], flags.contents[lane][i], begin);
+      finish(batch[lane][i], flags.contents[lane][i], asks);
       ++next[lane];
       --left;
       found = true;
@@ -194,7 +243,8 @@ void CudaMover::add_steps(CudaGraph& graph, const Batch& batch, std::uint32_t nu
                                 CudaFlags::address_of(flags.contents[lane][i]),
                                 CudaFlags::address_of(flags.ready[lane][i]), number);
   };
-  CUgraphNode compared = graph.write({}, CudaFlags::address_of(flags.started), number);
+  CUgraphNode compared =
+      graph.start(CudaFlags::address_of(flags.go), CudaFlags::address_of(flags.started), number);
   for (std::size_t i = 0; i < batch[kCompared].size(); ++i) {
     const Move& move = *batch[kCompared][i].move;
     compared = add_fingerprint(compared, kCompared, i, move.address, move.from.bytes);
@@ -222,15 +272,15 @@ bool CudaMover::tells_contents(const Move& move) const {
   return !move.to.on_host && fingerprint_->is_available();
 }
 
-void CudaMover::finish(const Step& step, const Fingerprint& contents, const Begin& begin) {
+void CudaMover::finish(const Step& step, const Fingerprint& contents, const Asks& asks) {
   if (step.expected && !are_same(*step.expected, contents)) return;
-  remap(*step.move, begin);
+  remap(*step.move, asks);
   step.move->copied = step.copied;
   if (tells_contents(*step.move)) step.move->contents = contents;
 }
 
-void CudaMover::remap(Move& move, const Begin& begin) {
-  begin(move.to.bytes);
+void CudaMover::remap(Move& move, const Asks& asks) {
+  asks.begin(move.to.bytes);
   driver_.check(mappings_.unmap(move.address, move.from), "move (unmap)", move.from.bytes);
   const CUresult result = mappings_.map(move.address, move.to);
   if (result != CUDA_SUCCESS && mappings_.map(move.address, move.from) != CUDA_SUCCESS) {

@@ -1,14 +1,14 @@
 // Exchanges the memory behind addresses that may be in use.
 //
 // Between unmap and map a touch of the address would kill the process, and a write between copy and
-// map would be lost. So pages are remapped while the default stream stops at the end of a graph:
-// all earlier work is done, none of the later has begun. The graph contains what has to be in the
-// same place of the stream's order, and tells of each page when that is done. For a page whose
-// contents host memory is known to have had, be it from before or from a copy ahead
-// (cuda_staging.h), that is a comparison; for others it is the copy. A page is remapped at once,
-// beside the copies of the next ones, then the stream goes on. From the launch until then one rule
-// holds (cuda_hold.h says why): nothing is submitted, no device memory is allocated, and no lock is
-// taken that another thread could have while it waits for the device.
+// map would be lost. So pages are remapped while everybody's streams are held (cuda_hold.h): all
+// earlier work is done, none of the later has begun. A graph of ours does meanwhile what has to be
+// done then, and tells of each page when it is. For a page whose contents host memory is known to
+// have had, be it from before or from a copy ahead (cuda_staging.h), that is a comparison; for
+// others it is the copy. A page is remapped at once, beside the copies of the next ones, then the
+// streams go on. From the first stop until then one rule holds: nothing is submitted, no device
+// memory is allocated, and no lock is taken that another thread could have while it waits for the
+// device. Where others are at work, holds are short, and far enough from each other.
 #pragma once
 
 #include <array>
@@ -19,11 +19,13 @@
 #include <span>
 #include <vector>
 
+#include "device/cuda_captures.h"
 #include "device/cuda_driver.h"
 #include "device/cuda_fingerprint.h"
 #include "device/cuda_graph.h"
 #include "device/cuda_hold.h"
 #include "device/cuda_mappings.h"
+#include "device/cuda_pace.h"
 #include "device/cuda_staging.h"
 #include "device/device.h"
 
@@ -32,16 +34,23 @@ namespace pgk {
 // The device's context must be current in all calls, and relaxed capture mode.
 class CudaMover {
  public:
-  // Called before a page is remapped; should it throw, neither that page nor a later one is.
-  using Begin = std::function<void(std::size_t bytes)>;
+  // What a move asks of the device that it is for.
+  struct Asks {
+    // Before a page is remapped; should it throw, neither that page nor a later one is.
+    std::function<void(std::size_t bytes)> begin;
+    // Device::drain().
+    std::function<void()> drain;
+    CudaHold::Streams streams;
+  };
 
-  CudaMover(const CudaDriver& driver, CUcontext context, CUdevice ordinal, CudaMappings& mappings);
+  CudaMover(const CudaDriver& driver, CUcontext context, CUdevice ordinal, CudaMappings& mappings,
+            CudaCaptures& captures);
 
   // Compiles the kernel of comparisons, which takes some tenths of a second, unless it has been.
   void prepare();
   // Device::move(), prepared or not. One call at a time, others wait for it; none of them has a
-  // lock meanwhile that it could need. `held` are different streams, without the default one.
-  void move(std::span<Move> moves, std::span<const CUstream> held, const Begin& begin);
+  // lock meanwhile that it could need.
+  void move(std::span<Move> moves, const Manner& manner, const Asks& asks);
 
  private:
   using Queue = std::deque<Move*>;
@@ -70,20 +79,24 @@ class CudaMover {
   using Batch = std::array<Lane, CudaFlags::kLanes>;
 
   Left sort(std::span<Move> moves) const;
-  void copy_ahead(Left& left);
-  Batch next_batch(Left& left, bool holds_streams);
+  void copy_ahead(Left& left, const Manner& manner);
+  Batch next_batch(Left& left, const Manner& manner);
   void take_copied(Lane& lane, std::size_t limit);
-  void carry_out(const Batch& batch, std::span<const CUstream> held, const Begin& begin);
+  void carry_out(const Batch& batch, const Manner& manner, const Asks& asks);
+  void hold_for(const Batch& batch, const Manner& manner, const Asks& asks);
+  void finish_steps(CudaHold& hold, std::uint32_t number, const Batch& batch, const Asks& asks);
   void add_steps(CudaGraph& graph, const Batch& batch, std::uint32_t number);
   bool tells_contents(const Move& move) const;
-  void finish(const Step& step, const Fingerprint& contents, const Begin& begin);
-  void remap(Move& move, const Begin& begin);
+  void finish(const Step& step, const Fingerprint& contents, const Asks& asks);
+  void remap(Move& move, const Asks& asks);
 
   const CudaDriver& driver_;
   CUdevice ordinal_;
   CudaMappings& mappings_;
+  CudaCaptures& captures_;
   std::mutex mutex_;
   CudaHolds holds_;
+  CudaPace pace_;
   CudaStaging staging_;
   std::mutex preparing_;
   std::optional<CudaFingerprint> fingerprint_;  // once prepared

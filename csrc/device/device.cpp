@@ -1,9 +1,9 @@
 #include "device/device.h"
 
 #include <algorithm>
+#include <thread>
 #include <utility>
 
-#include "core/error.h"
 #include "core/types.h"
 
 namespace pgk {
@@ -12,7 +12,7 @@ const char* Device::name_of(Call call) {
   static constexpr std::array names{
       "any",    "create", "create_host", "release",       "reserve",        "unreserve",
       "map",    "unmap",  "move",        "create_stream", "destroy_stream", "copy",
-      "record", "wait",   "synchronize", "notify"};
+      "record", "wait",   "synchronize", "notify",        "drain"};
   static_assert(names.size() == kCalls);
   return names[static_cast<std::size_t>(call)];
 }
@@ -90,14 +90,45 @@ void Device::unmap(Address address, Handle handle) {
   do_unmap(address, handle);
 }
 
-void Device::move(std::span<Move> moves, std::span<const StreamId> held) {
+// A stream that comes to rest may be at work again at once, so whoever waits for that looks often.
+void Device::drain(std::chrono::nanoseconds patience) {
+  using namespace std::chrono_literals;
+  begin(Call::drain);
+  const auto start = Manner::Clock::now();
+  const auto deadline = start + patience;
+  struct Mark {
+    StreamId stream;
+    EventId event;
+  };
+  std::vector<Mark> marks;
+  for (const StreamId stream : known_.all()) {
+    if (const auto event = do_mark(stream, deadline)) marks.push_back({stream, *event});
+  }
+  for (;;) {
+    std::erase_if(marks, [this](const Mark& mark) { return is_done(mark.event); });
+    if (marks.empty()) return;
+    const auto now = Manner::Clock::now();
+    if (now >= deadline) {
+      throw Restless(marks.front().stream, properties_.name + ": stream " +
+                                               std::to_string(marks.front().stream) +
+                                               " has not come to rest");
+    }
+    if (now - start < 200us) {
+      std::this_thread::yield();
+    } else {
+      std::this_thread::sleep_for(20us);
+    }
+  }
+}
+
+void Device::move(std::span<Move> moves, const Manner& manner) {
   for (const Move& move : moves) {
     if (move.from.bytes != move.to.bytes || move.from.on_host == move.to.on_host) {
       throw Error(ErrorCode::invalid_value,
                   properties_.name + ": a move is between the device and as much host memory");
     }
   }
-  if (!moves.empty()) do_move(moves, held);
+  if (!moves.empty()) do_move(moves, manner);
 }
 
 StreamId Device::create_stream(int priority, ProcessorSet processors) {
@@ -107,8 +138,10 @@ StreamId Device::create_stream(int priority, ProcessorSet processors) {
     throw Error(ErrorCode::invalid_value, properties_.name + ": there are " +
                                               std::to_string(groups) + " groups of processors");
   }
-  return do_create_stream(
+  const StreamId stream = do_create_stream(
       std::clamp(priority, properties_.greatest_priority, properties_.least_priority), processors);
+  known_.add(stream);
+  return stream;
 }
 
 void Device::destroy_stream(StreamId stream) {

@@ -11,6 +11,7 @@
 
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -18,6 +19,9 @@
 #include <span>
 #include <string>
 #include <vector>
+
+#include "core/error.h"
+#include "device/known_streams.h"
 
 namespace pgk {
 
@@ -31,7 +35,6 @@ struct Handle {
 };
 
 // Never 0.
-using StreamId = std::uint64_t;
 using EventId = std::uint64_t;
 
 // Some of the device's groups of processors, a bit for each. None stands for all.
@@ -60,6 +63,26 @@ struct Move {
   std::optional<Fingerprint> contents;  // of what came back to the device, where it can be told
 };
 
+// ErrorCode::busy: a stream whose work did not end in time.
+class Restless : public Error {
+ public:
+  Restless(StreamId stream, const std::string& text)
+      : Error(ErrorCode::busy, text), stream_(stream) {}
+  // kNoStream where it is not one that could be named.
+  StreamId stream() const noexcept { return stream_; }
+
+ private:
+  StreamId stream_;
+};
+
+// How a move treats the work of others.
+struct Manner {
+  using Clock = std::chrono::steady_clock;
+
+  std::chrono::nanoseconds patience{};  // how long to wait for streams to come to rest, each time
+  bool is_gentle = false;  // others are at work: hold them briefly, and not often
+};
+
 class Device {
  public:
   struct Properties {
@@ -68,7 +91,9 @@ class Device {
     std::size_t granularity = 0;  // sizes of handles and ranges are multiples of it
     bool is_host = false;         // its memory is ordinary host memory
     bool can_move = false;        // create_host() and move() work
-    bool can_hold = false;        // move() can hold streams
+    bool can_hold = false;        // move() holds whoever is at work
+    std::string holds;            // whom, in words
+    StreamId default_stream = kNoStream;  // kNoStream: there is none
     int least_priority = 0;       // of streams; lower numbers are more important
     int greatest_priority = 0;
     // The processors of each group that streams can be confined to, at most 64 groups; if there are
@@ -94,8 +119,9 @@ class Device {
     wait,
     synchronize,
     notify,
+    drain,
   };
-  static constexpr std::size_t kCalls = static_cast<std::size_t>(Call::notify) + 1;
+  static constexpr std::size_t kCalls = static_cast<std::size_t>(Call::drain) + 1;
   static const char* name_of(Call call);
 
   Device() = default;
@@ -121,11 +147,16 @@ class Device {
   void map(Address address, Handle handle);
   // A whole handle's mapping.
   void unmap(Address address, Handle handle);
-  // Carries out the moves; work on the default stream sees each either before or after it. So does
-  // work on the streams `held`, which are stopped meanwhile; no other stream may use the memory.
-  // Blocks. If it throws, each move is either done or has changed nothing; ErrorCode::busy if the
-  // streams could not be held.
-  void move(std::span<Move> moves, std::span<const StreamId> held = {});
+  // From now on, work on `stream`, whoever submits it, may use memory of the device. Streams of
+  // create_stream() are known from the beginning, and so is the default stream.
+  void announce(StreamId stream) { known_.add(stream); }
+  // Blocks until every known stream is past what it holds now. Throws Restless.
+  void drain(std::chrono::nanoseconds patience);
+  // Carries out the moves. Work on known streams is either before the move of a page or after it:
+  // it is waited for, or held back. Call drain() first. Blocks. If it throws, each move is either
+  // done or has changed nothing; ErrorCode::busy, as Restless where a stream is to blame, if work
+  // could not be kept away from a page.
+  void move(std::span<Move> moves, const Manner& manner);
 
   // `priority` is clamped to the range in properties(). Kernels that are launched on the stream, or
   // captured on it, run on `processors` alone.
@@ -168,6 +199,7 @@ class Device {
   void begin(Call call, std::size_t bytes = 0);
 
   Properties properties_;
+  KnownStreams known_;
 
  private:
   virtual Handle do_create(std::size_t bytes) = 0;
@@ -177,7 +209,9 @@ class Device {
   virtual void do_unreserve(Address address, std::size_t bytes) = 0;
   virtual void do_map(Address address, Handle handle) = 0;
   virtual void do_unmap(Address address, Handle handle) = 0;
-  virtual void do_move(std::span<Move> moves, std::span<const StreamId> held) = 0;
+  virtual void do_move(std::span<Move> moves, const Manner& manner) = 0;
+  // An event behind what the stream holds now; nothing if it holds nothing. As drain().
+  virtual std::optional<EventId> do_mark(StreamId stream, Manner::Clock::time_point deadline) = 0;
   virtual StreamId do_create_stream(int priority, ProcessorSet processors) = 0;
   virtual void do_destroy_stream(StreamId stream) = 0;
   virtual void do_copy(Address destination, Address source, std::size_t bytes, StreamId stream) = 0;

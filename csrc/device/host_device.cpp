@@ -7,9 +7,11 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <thread>
 
 #include "core/error.h"
 #include "core/types.h"
@@ -105,6 +107,7 @@ HostDevice::HostDevice(std::size_t capacity, std::vector<unsigned> processor_gro
   properties_.name = "host";
   properties_.is_host = true;
   properties_.can_move = true;
+  properties_.holds = "nobody: threads that work cannot be stopped";
   properties_.capacity = capacity / kGranularity * kGranularity;
   properties_.granularity = kGranularity;
   const bool has_empty = std::count(processor_groups.begin(), processor_groups.end(), 0U) > 0;
@@ -177,29 +180,46 @@ void HostDevice::do_unmap(Address address, Handle handle) {
   if (!make_inaccessible(address, handle.bytes)) fail("unmap", handle.bytes, errno);
 }
 
-void HostDevice::do_move(std::span<Move> moves, std::span<const StreamId> held) {
-  if (!held.empty()) {
-    throw Error(ErrorCode::busy, "host: threads that work cannot be held");
-  }
+void HostDevice::do_move(std::span<Move> moves, const Manner& /*manner*/) {
   for (Move& move : moves) {
     begin(Call::move, move.to.bytes);
-    const int file = file_of(move.to).descriptor();
-    move.copied = !move.known || !View(file, move.to).equals(move.address);
-    if (move.copied) {
-      move.known.reset();
-      write_all(file, move.address, move.to);
+    const auto touched_by =
+        timeline_.keep_away(move.address, move.from.bytes, [&] { move_page(move); });
+    if (!touched_by) continue;
+    ++refused_moves_;
+    throw Restless(*touched_by, "host: work that is queued on stream " +
+                                    std::to_string(*touched_by) + " touches the page");
+  }
+}
+
+void HostDevice::move_page(Move& move) {
+  const int file = file_of(move.to).descriptor();
+  move.copied = !move.known || !View(file, move.to).equals(move.address);
+  if (move.copied) {
+    move.known.reset();
+    write_all(file, move.address, move.to);
+  }
+  // In one step: who reads there meanwhile sees the same bytes. Only the kernel's own memory can be
+  // short here, and the old mapping is gone then.
+  if (::mmap(pointer(move.address), move.to.bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
+             file, static_cast<off_t>(move.to.id)) == MAP_FAILED) {
+    const int error = errno;
+    do_map(move.address, move.from);
+    fail("move", move.to.bytes, error);
+  }
+  move.done = true;
+  // Contents are compared, not told by a number: that there is one is enough.
+  if (!move.to.on_host) move.contents = Fingerprint{};
+}
+
+std::optional<EventId> HostDevice::do_mark(StreamId stream, Manner::Clock::time_point deadline) {
+  for (;;) {
+    try {
+      return timeline_.mark(stream);
+    } catch (const Restless&) {
+      if (Manner::Clock::now() >= deadline) throw;
     }
-    // In one step: who reads there meanwhile sees the same bytes. Only the kernel's own memory can
-    // be short here, and the old mapping is gone then.
-    if (::mmap(pointer(move.address), move.to.bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
-               file, static_cast<off_t>(move.to.id)) == MAP_FAILED) {
-      const int error = errno;
-      do_map(move.address, move.from);
-      fail("move", move.to.bytes, error);
-    }
-    move.done = true;
-    // Contents are compared, not told by a number: that there is one is enough.
-    if (!move.to.on_host) move.contents = Fingerprint{};
+    std::this_thread::sleep_for(std::chrono::microseconds(200));
   }
 }
 

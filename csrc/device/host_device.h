@@ -2,16 +2,19 @@
 // ranges, page for page as a GPU's virtual memory works. Memory is committed when it is touched
 // and given back when its handle is released. What stands in for it lies in a second file.
 //
-// A move changes the mapping in one step, so nobody ever faults. But there is no stream that could
-// be held: what another thread writes while a page is copied may be lost.
+// A move changes the mapping in one step, so nobody ever faults. No stream gets on meanwhile; but
+// threads cannot be held: what another thread writes while a page is copied may be lost. A page
+// that queued work touches is not moved: whoever wants it moved has to wait for that first.
 //
 // Streams run on whoever submits or unblocks their work, in order and without threads of their
 // own, so that tests can hold a stream and see exactly what that holds back.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -72,6 +75,9 @@ class HostDevice final : public Device {
   // For tests: what the stream was confined to.
   ProcessorSet processors(StreamId stream) { return timeline_.processors(stream); }
 
+  // For tests: how often a page was not moved because of queued work.
+  std::uint64_t refused_moves() const { return refused_moves_.load(); }
+
   // Bytes of host memory that the device occupies now, and what stands in for it.
   std::size_t committed_bytes() const { return memory_.committed_bytes(); }
   std::size_t backup_bytes() const { return backup_.committed_bytes(); }
@@ -84,11 +90,16 @@ class HostDevice final : public Device {
   void do_unreserve(Address address, std::size_t bytes) override;
   void do_map(Address address, Handle handle) override;
   void do_unmap(Address address, Handle handle) override;
-  void do_move(std::span<Move> moves, std::span<const StreamId> held) override;
+  void do_move(std::span<Move> moves, const Manner& manner) override;
+  void move_page(Move& move);
+  std::optional<EventId> do_mark(StreamId stream, Manner::Clock::time_point deadline) override;
   StreamId do_create_stream(int /*priority*/, ProcessorSet processors) override {
     return timeline_.create_stream(processors);
   }
-  void do_destroy_stream(StreamId stream) override { timeline_.destroy_stream(stream); }
+  void do_destroy_stream(StreamId stream) override {
+    timeline_.destroy_stream(stream);
+    known_.remove(stream);
+  }
   void do_copy(Address destination, Address source, std::size_t bytes, StreamId stream) override {
     timeline_.copy(destination, source, bytes, stream);
   }
@@ -105,6 +116,7 @@ class HostDevice final : public Device {
   MemoryFile memory_{"pygpukit-host-device", false};
   MemoryFile backup_{"pygpukit-host-backup", true};
   HostTimeline timeline_;
+  std::atomic<std::uint64_t> refused_moves_{0};
 };
 
 }  // namespace pgk

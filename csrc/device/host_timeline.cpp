@@ -110,6 +110,29 @@ bool HostTimeline::is_capturing(StreamId stream) {
   return !is_gone(stream) && find(stream).capturing;
 }
 
+std::optional<EventId> HostTimeline::mark(StreamId stream) {
+  {
+    const std::lock_guard lock(mutex_);
+    const auto known = streams_.find(stream);
+    if (known == streams_.end()) return std::nullopt;
+    const Stream& queue = known->second;
+    if (queue.pending.empty() && !queue.capturing) return std::nullopt;
+    if (!queue.capturing) return queue.pending.back().number;
+  }
+  throw Restless(stream, "host: stream " + std::to_string(stream) + " is being captured");
+}
+
+std::optional<StreamId> HostTimeline::keep_away(Address address, std::size_t bytes,
+                                                const std::function<void()>& action) {
+  const std::lock_guard lock(mutex_);
+  for (const auto& [id, stream] : streams_) {
+    const auto touches = [&](const Work& work) { return work.touches(address, bytes); };
+    if (std::any_of(stream.pending.begin(), stream.pending.end(), touches)) return id;
+  }
+  action();
+  return std::nullopt;
+}
+
 void HostTimeline::synchronize_stream(StreamId stream) {
   std::unique_lock lock(mutex_);
   const EventId last = find(stream).pending.empty() ? 0 : find(stream).pending.back().number;

@@ -5,8 +5,10 @@
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <map>
 #include <mutex>
+#include <optional>
 
 #include "device/device.h"
 
@@ -30,6 +32,13 @@ class HostTimeline {
   void hold(StreamId stream);
   void let_go(StreamId stream);
   void set_capturing(StreamId stream, bool capturing);
+  // An event behind what the stream holds; nothing if it holds nothing. Throws ErrorCode::busy if
+  // it is captured.
+  std::optional<EventId> mark(StreamId stream);
+  // Calls `action` while no stream gets on. Instead returns the stream of work that touches the
+  // memory and is still to run, if there is any.
+  std::optional<StreamId> keep_away(Address address, std::size_t bytes,
+                                    const std::function<void()>& action);
   ProcessorSet processors(StreamId stream);
 
  private:
@@ -41,6 +50,13 @@ class HostTimeline {
     Address source = 0;
     std::size_t bytes = 0;
     EventId after = 0;
+
+    bool touches(Address start, std::size_t length) const {
+      const auto overlaps = [=, this](Address place) {
+        return place < start + length && start < place + bytes;
+      };
+      return bytes > 0 && (overlaps(destination) || overlaps(source));
+    }
   };
   struct Stream {
     std::deque<Work> pending;

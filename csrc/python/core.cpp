@@ -36,7 +36,8 @@ void bind_ledger(py::module_& module) {
       .def("room", &Ledger::room, py::arg("account"))
       .def("restorable", &Ledger::restorable, py::arg("account"))
       .def("free_for", &Ledger::free_for, py::arg("account"))
-      .def("shortage", &Ledger::shortage, py::arg("account"), py::arg("bytes"))
+      .def("shortage", &Ledger::shortage, py::arg("account"), py::arg("bytes"),
+           py::arg("returning") = 0)
       .def("shortage_in_partition", &Ledger::shortage_in_partition, py::arg("account"),
            py::arg("bytes"))
       .def(

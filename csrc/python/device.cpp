@@ -2,6 +2,8 @@
 
 #include <pybind11/stl.h>
 
+#include <chrono>
+#include <cstdint>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -14,6 +16,13 @@
 namespace py = pybind11;
 
 namespace pgk::python {
+namespace {
+
+std::chrono::nanoseconds nanoseconds(double seconds) {
+  return std::chrono::nanoseconds(static_cast<std::int64_t>(seconds * 1e9));
+}
+
+}  // namespace
 
 void bind_device(py::module_& module) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
@@ -59,6 +68,8 @@ void bind_device(py::module_& module) {
                              [](const Device& self) { return self.properties().can_move; })
       .def_property_readonly("can_hold",
                              [](const Device& self) { return self.properties().can_hold; })
+      .def_property_readonly("holds",
+                             [](const Device& self) { return self.properties().holds; })
       .def("create", &Device::create, py::arg("bytes"), Unlocked())
       .def("create_host", &Device::create_host, py::arg("bytes"), Unlocked())
       .def("release", &Device::release, py::arg("handle"), Unlocked())
@@ -68,16 +79,20 @@ void bind_device(py::module_& module) {
       .def("unmap", &Device::unmap, py::arg("address"), py::arg("handle"), Unlocked())
       .def(
           "move",
-          [](Device& self, const std::vector<Move*>& moves, const std::vector<StreamId>& held) {
+          [](Device& self, const std::vector<Move*>& moves, double patience, bool gently) {
             std::vector<Move> all;
             for (const Move* move : moves) all.push_back(*move);
             // What was done is told also if the rest failed.
             ScopeExit tell([&] {
               for (std::size_t i = 0; i < all.size(); ++i) *moves[i] = all[i];
             });
-            self.move(all, held);
+            self.move(all, {nanoseconds(patience), gently});
           },
-          py::arg("moves"), py::arg("held") = std::vector<StreamId>{}, Unlocked())
+          py::arg("moves"), py::arg("patience") = 10.0, py::arg("gently") = false, Unlocked())
+      .def("announce", &Device::announce, py::arg("stream"))
+      .def(
+          "drain", [](Device& self, double patience) { self.drain(nanoseconds(patience)); },
+          py::arg("patience"), Unlocked())
       .def_property_readonly("processor_groups",
                              [](const Device& self) { return self.properties().processor_groups; })
       .def_property_readonly("why_undivided",
@@ -113,6 +128,7 @@ void bind_device(py::module_& module) {
       .def("hold", &HostDevice::hold, py::arg("stream"))
       .def("let_go", &HostDevice::let_go, py::arg("stream"), Unlocked())
       .def("set_capturing", &HostDevice::set_capturing, py::arg("stream"), py::arg("capturing"))
+      .def_property_readonly("refused_moves", &HostDevice::refused_moves)
       .def_property_readonly("committed_bytes", &HostDevice::committed_bytes)
       .def_property_readonly("backup_bytes", &HostDevice::backup_bytes)
       .def_property_readonly_static("GRANULARITY",

@@ -112,7 +112,7 @@ void bind_context(py::module_& module) {
           [](Context& self, std::uintptr_t address, StreamId stream) {
             self.record_use(reinterpret_cast<void*>(address), stream);
           },
-          py::arg("address"), py::arg("stream"))
+          py::arg("address"), py::arg("stream"), Unlocked())
       .def(
           "block_bytes",
           [](const Context& self, std::uintptr_t address) {
@@ -136,6 +136,8 @@ void bind_context(py::module_& module) {
       .def_property_readonly("sessions", &Context::sessions)
       .def_property_readonly("waiting", &Context::waiting)
       .def_property_readonly("is_ready", &Context::is_ready)
+      .def_property_readonly("is_moving", &Context::is_moving)
+      .def_property_readonly("manager", &Context::manager)
       .def_property_readonly("counters", &Context::counters);
 }
 
@@ -180,6 +182,10 @@ void bind_manager(py::module_& module) {
       .def("restore_context", &Manager::restore_context, py::arg("context").none(false), Unlocked())
       .def("pin", &Manager::pin, py::arg("context").none(false), Unlocked())
       .def("unpin", &Manager::unpin, py::arg("context").none(false), Unlocked())
+      .def("join", &Manager::join, py::arg("context").none(false), Unlocked())
+      .def_property_readonly(
+          "device_holds",
+          [](const Manager& self) { return self.device()->properties().can_hold; })
       .def("declare_consumer", &Manager::declare_consumer, py::arg("producer").none(false),
            py::arg("consumer").none(false), Unlocked())
       .def(

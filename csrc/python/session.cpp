@@ -6,6 +6,7 @@
 #include <optional>
 #include <utility>
 
+#include "core/address_table.h"
 #include "core/blocking.h"
 #include "core/manager.h"
 #include "python/bindings.h"
@@ -124,10 +125,28 @@ void bind_session(py::module_& module) {
             });
           },
           py::arg("context").none(false))
+      .def_static(
+          "join",
+          [](std::shared_ptr<Context> context) {
+            return Job([context = std::move(context)] {
+              context->manager()->join(*context);
+              return nullptr;
+            });
+          },
+          py::arg("context").none(false))
       .def("is_done", &Job::is_done)
       .def("notify", &Job::notify, py::arg("alarm").none(false))
       .def("result", &Job::result);
 
+  module.def(
+      "context_of",
+      [](std::uintptr_t address) -> std::shared_ptr<Context> {
+        const void* pointer = reinterpret_cast<const void*>(address);
+        Context* context = AddressTable::owner_of(pointer);
+        if (context == nullptr) context = AddressTable::segment_owner_of(pointer);
+        return context == nullptr ? nullptr : context->shared_from_this();
+      },
+      py::arg("address"));
   module.def("current_context", []() -> std::shared_ptr<Context> {
     Context* context = current_context();
     return context == nullptr ? nullptr : context->shared_from_this();

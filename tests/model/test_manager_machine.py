@@ -46,6 +46,7 @@ class Model:
     max: int
     base: int
     partition: str | None = None
+    is_fenced: bool = False  # blocks that were freed may still lie on pages
     blocks: list[Block] = field(default_factory=list)
     sessions: list[native.Session] = field(default_factory=list)
 
@@ -60,6 +61,8 @@ class ManagerMachine(RuleBasedStateMachine):
     Whether a request must succeed or fail is told by what the manager says is available, which
     is thereby tested too; only a fault that strikes in the very operation excuses a refusal.
     """
+
+    claim_timeout = 0.002
 
     @initialize(
         data=st.data(),
@@ -85,7 +88,7 @@ class ManagerMachine(RuleBasedStateMachine):
         self.capacity = 32 * MB * scale
         self.device = native.HostDevice(self.capacity, GROUPS)
         self.manager = native.Manager(
-            self.device, host_backup=backup * self.capacity // 4, claim_timeout=0.002
+            self.device, host_backup=backup * self.capacity // 4, claim_timeout=self.claim_timeout
         )
         self.partitions = native.PartitionManager(
             native.PartitionConfig(self.capacity, allow_overcommit=True, overcommit_ratio=2.0),
@@ -212,8 +215,9 @@ class ManagerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.live)
     @rule(data=st.data(), size=st.one_of(st.integers(1, 4096), st.integers(4 * MB, 16 * MB)))
     def allocate(self, data: st.DataObject, size: int) -> None:
-        model = data.draw(st.sampled_from(self.live), label="context")
-        size *= self.scale
+        self.allocate_in(data.draw(st.sampled_from(self.live), label="context"), size * self.scale)
+
+    def allocate_in(self, model: Model, size: int) -> None:
         granular = -(-size // 512) * 512
         available = self.manager.usage(model.context).available
         address, error, struck = self.attempt(lambda: model.context.allocate(size))
@@ -222,9 +226,12 @@ class ManagerMachine(RuleBasedStateMachine):
         elif not model.blocks and not self.waited_in_vain(model, error):
             assert struck or error is None, "an empty context did not get what was available"
         if error is None:
-            block = Block(address, size, len(model.blocks) % 255 + 1)
-            block.write()
-            model.blocks.append(block)
+            model.blocks.append(self.written(model, address, size, len(model.blocks) % 255 + 1))
+
+    def written(self, model: Model, address: int, size: int, mark: int) -> Block:
+        block = Block(address, size, mark)
+        block.write()
+        return block
 
     def waited_in_vain(self, model: Model, error: Exception | None) -> bool:
         """Whether a claim of the base failed because of contexts of lower tiers that are in use:
@@ -291,8 +298,7 @@ class ManagerMachine(RuleBasedStateMachine):
     def restore(self, data: st.DataObject) -> None:
         model = data.draw(st.sampled_from(self.live), label="context")
         _, error, struck = self.attempt(lambda: self.manager.restore_context(model.context))
-        if error is None:
-            # A page without a live byte that the device would not unmap may stay behind.
+        if error is None:  # as when it is entered
             assert model.sessions or struck or self.manager.usage(model.context).evicted == 0
         else:
             assert struck or isinstance(error, torch.OutOfMemoryError)
@@ -343,7 +349,8 @@ class ManagerMachine(RuleBasedStateMachine):
             # At worst every block lies on pages of its own.
             pages = sum(block.size // page + 2 for block in model.blocks)
             limit = self.limits.get(model.partition or "")
-            assert size < page or size < pages * page or size > (limit or self.capacity)
+            too_small = size < max(page, pages * page) or model.is_fenced
+            assert too_small or size > (limit or self.capacity)
             return
         if error is None:
             model.max, model.base = size, base
@@ -371,7 +378,9 @@ class ManagerMachine(RuleBasedStateMachine):
             if not self.fault_at:
                 # Whatever others borrow of it, and wherever they are.
                 whole = model.base // model.context.page_bytes * model.context.page_bytes
-                assert usage.available >= whole - usage.resident - usage.evicted
+                # But others may keep all of the page that their base ends in.
+                cut = sum(o.context.page_bytes for o in self.live if o.base % o.context.page_bytes)
+                assert usage.available >= whole - usage.resident - usage.evicted - cut
         for id, limit in self.limits.items():
             reserved = self.partitions.get(id).usage.reserved
             assert limit is None or reserved <= limit
