@@ -3,8 +3,8 @@
 A graph's kernels keep the SMs, the priority and the cuBLAS workspace of the stream that they were
 captured on, wherever it is replayed, and ``torch.cuda.graph`` captures on one stream of torch's for
 everybody. As long as a CUDA device is initialized, in a session it captures on a stream of the
-context instead. ``reduce-overhead`` and ``make_graphed_callables`` capture through it, too. A replay is
-no operator: in contexts that yield it waits here.
+context instead. ``reduce-overhead`` and ``make_graphed_callables`` capture through it, too. A
+replay is no operator: in contexts that yield it waits here.
 """
 
 from functools import wraps

@@ -97,9 +97,7 @@ class Device:
     def holds(self) -> str:
         """Whom it holds while pages move, in words."""
 
-    def move(
-        self, moves: list[Move], patience: float = 10.0, gently: bool = False
-    ) -> None:
+    def move(self, moves: list[Move], patience: float = 10.0, gently: bool = False) -> None:
         """Carry out the moves; ``patience`` is in seconds."""
 
     def announce(self, stream: int) -> None: ...
@@ -136,7 +134,6 @@ class HostDevice(Device):
     @property
     def refused_moves(self) -> int:
         """How often a page was not moved because of queued work."""
-
 
 class CudaDevice(Device):
     """VRAM through the driver; only in builds for a CUDA torch. Capacity 0 is all of it.

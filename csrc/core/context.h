@@ -247,7 +247,7 @@ class Context : public std::enable_shared_from_this<Context> {
   static constexpr std::uint32_t kEvicted = std::uint32_t{1} << 29;
   static constexpr std::uint32_t kYields = std::uint32_t{1} << 28;     // once it is idle
   static constexpr std::uint32_t kMisplaced = std::uint32_t{1} << 27;  // needs another stream
-  static constexpr std::uint32_t kJoins = std::uint32_t{1} << 26;  // what it consumes is moving
+  static constexpr std::uint32_t kJoins = std::uint32_t{1} << 26;      // what it consumes is moving
   static constexpr std::uint32_t kDelayed = kEvicted | kYields | kMisplaced | kJoins;
   static constexpr std::uint32_t kCount = kJoins - 1;
   std::atomic<std::uint32_t> sessions_{0};

@@ -277,6 +277,7 @@ class Manager : public std::enable_shared_from_this<Manager> {
   std::optional<Error> choose_ins(Context& context, Round& round);
   std::optional<Error> carry_out(Round& round);
   bool is_anybody_at_work(const Context* except) const;
+  std::vector<StreamId> streams_of(const Round& round) const;
   std::string whose(StreamId stream) const;
   void take_host_memory(Round& round);
   void settle(Round& round, std::uint64_t nanoseconds);

@@ -13,10 +13,6 @@ namespace {
 
 using ContextLock = std::lock_guard<SpinLock>;
 
-// How long contexts stay stopped for streams to come to rest. A stream may wait for a thread, and
-// that for one of the contexts; so they are let go of in between.
-constexpr std::chrono::milliseconds kPatience{100};
-
 }  // namespace
 
 // Stopping ---------------------------------------------------------------------------------------
@@ -63,8 +59,7 @@ bool Manager::Stopped::stop(Context& context, bool even_if_used) {
   keep_out_consumers(contexts_.back());
   // One of them may have been entered meanwhile. What comes back may be in use by them where the
   // device holds them.
-  const bool may_be_used =
-      even_if_used || (!victims_ && manager_.device_->properties().can_hold);
+  const bool may_be_used = even_if_used || (!victims_ && manager_.device_->properties().can_hold);
   if (may_be_used || !manager_.is_used(context)) return true;
   let_go(contexts_.back());
   contexts_.pop_back();
@@ -136,8 +131,8 @@ bool Manager::choose_outs(const std::vector<Eviction>& plan, bool of_loans, Stop
   return true;
 }
 
-// With the context's lock. Pages with a backup first: they may be unchanged. As far as there is host
-// memory, which what comes back in the same round leaves only when it has.
+// With the context's lock. Pages with a backup first: they may be unchanged. As far as there is
+// host memory, which what comes back in the same round leaves only when it has.
 void Manager::add_outs(Context& context, std::size_t count, bool of_loans, Round& round) {
   std::vector<std::uint32_t> numbers = context.live_pages(/*evicted=*/false);
   std::stable_partition(numbers.begin(), numbers.end(), [&](std::uint32_t number) {
@@ -193,6 +188,18 @@ std::optional<Error> Manager::choose_ins(Context& context, Round& round) {
 }
 
 // Carrying out -----------------------------------------------------------------------------------
+
+// Of the contexts that move, as far as they are the context's own.
+std::vector<StreamId> Manager::streams_of(const Round& round) const {
+  std::vector<StreamId> streams;
+  const Context* last = nullptr;
+  for (const Round::Page& page : round.pages) {
+    if (page.context == last) continue;
+    last = page.context;
+    for (const Context::OwnStream& own : last->own_streams_) streams.push_back(own.id);
+  }
+  return streams;
+}
 
 bool Manager::is_anybody_at_work(const Context* except) const {
   std::size_t sessions = 0;
@@ -261,11 +268,12 @@ std::string Manager::host_memory_is_full() const {
 std::optional<Error> Manager::carry_out(Round& round) {
   const Clock::time_point start = Clock::now();
   std::optional<Error> failure;
-  Manner manner{kPatience};
+  Manner manner{.patience = round.patience};
   try {
     {
       const std::lock_guard lock(mutex_);
       manner.is_gentle = is_anybody_at_work(round.claimant);
+      manner.own = streams_of(round);
     }
     device_->drain(manner.patience);
     take_host_memory(round);
@@ -276,8 +284,8 @@ std::optional<Error> Manager::carry_out(Round& round) {
     });
     device_->move(moves, manner);
   } catch (const Restless& restless) {
-    failure = Error(ErrorCode::busy,
-                    "waiting for " + whose(restless.stream()) + ": " + restless.what());
+    failure =
+        Error(ErrorCode::busy, "waiting for " + whose(restless.stream()) + ": " + restless.what());
   } catch (const Error& error) {
     failure = error;
   } catch (...) {

@@ -1,6 +1,8 @@
 // The parts of moving pages that manager_moves.cpp and manager_room.cpp share.
 #pragma once
 
+#include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -27,6 +29,10 @@ class Manager::Stopped {
   std::size_t count() const { return contexts_.size(); }
   // Lets all go, and wakes who waits for them.
   void let_go();
+  // How long they may stay stopped for streams to come to rest, at a time; longer after each time
+  // that it was in vain. A stream may wait for a thread, and that for one of them.
+  std::chrono::nanoseconds patience() const { return patience_; }
+  void be_more_patient() { patience_ = std::min(2 * patience_, kMostPatience); }
   // Until the end of this object nobody enters it anew once it is idle.
   void have_yield(Context& context);
 
@@ -41,6 +47,8 @@ class Manager::Stopped {
 
   Manager& manager_;
   const bool victims_;
+  static constexpr std::chrono::nanoseconds kMostPatience = std::chrono::milliseconds(800);
+  std::chrono::nanoseconds patience_ = kMostPatience / 8;
   std::vector<Entry> contexts_;
   std::vector<std::shared_ptr<Context>> yielding_;
 };
@@ -73,9 +81,14 @@ struct Manager::Round {
   std::vector<Page> pages;
   std::size_t outs = 0;
   const Context* claimant = nullptr;
-  std::shared_ptr<Context> in_use;  // it has to yield, and the device cannot make it
+  std::chrono::nanoseconds patience{};  // for streams to come to rest
+  std::shared_ptr<Context> in_use;      // it has to yield, and the device cannot make it
 
-  explicit Round(const Context* claimant) : claimant(claimant) { pages.reserve(2 * kMostPages); }
+  Round(const Context* claimant, const Stopped& victims, Clock::time_point deadline)
+      : claimant(claimant),
+        patience(std::min<std::chrono::nanoseconds>(victims.patience(), deadline - Clock::now())) {
+    pages.reserve(2 * kMostPages);
+  }
   std::size_t outs_left() const { return kMostPages - outs; }
   std::size_t ins_left() const { return kMostPages - (pages.size() - outs); }
 };

@@ -105,8 +105,8 @@ std::vector<Eviction> Manager::plan(const Need& need, const Missing& missing,
   std::vector<Eviction> plan =
       plan_eviction({need.tier(), need.of_base, missing.bytes, missing.of_mates}, others.holders);
   const std::size_t returning = need.returning();
-  const bool is_allowed = need.claimant == nullptr ||
-                          need.room <= ledger_.allowance(need.claimant->id()) + returning;
+  const bool is_allowed =
+      need.claimant == nullptr || need.room <= ledger_.allowance(need.claimant->id()) + returning;
   std::size_t bytes = 0;
   for (const Eviction& eviction : plan) bytes += eviction.bytes;
   // What comes back leaves its place to what goes, page by page.
@@ -150,14 +150,15 @@ bool Manager::may_try_again(Clock::time_point deadline, const Round& round,
   if (Clock::now() >= deadline) {
     const auto limit = std::chrono::duration_cast<std::chrono::milliseconds>(claim_timeout_);
     const std::string time = std::to_string(limit.count()) + " ms";
-    why = failure ? "nothing could be moved for " + time + ": " + failure->what()
-                  : "context '" + round.in_use->name() +
-                        "' is in use and did not yield within " + time;
+    why = failure
+              ? "nothing could be moved for " + time + ": " + failure->what()
+              : "context '" + round.in_use->name() + "' is in use and did not yield within " + time;
     return false;
   }
   {
     const std::lock_guard lock(mutex_);
     if (round.in_use) victims.have_yield(*round.in_use);
+    if (failure) victims.be_more_patient();
     victims.let_go();
   }
   std::this_thread::sleep_for(kLookAgain);
@@ -168,7 +169,7 @@ bool Manager::may_try_again(Clock::time_point deadline, const Round& round,
 bool Manager::make_room(const Need& need, std::string& why) {
   Stopped victims(*this, /*victims=*/true);
   for (;;) {
-    Round round(need.claimant);
+    Round round(need.claimant, victims, need.deadline);
     bool is_chosen = false;
     {
       Lock lock(mutex_);
@@ -264,7 +265,7 @@ void Manager::bring_back(Context& context) {
   Need need{&context, 0, false, Clock::now() + claim_timeout_, /*returns=*/true};
   bool is_first = true;
   for (;;) {
-    Round round(&context);
+    Round round(&context, victims, need.deadline);
     std::string why;
     std::optional<EventId> awaited;
     std::optional<Error> failure;
@@ -280,9 +281,8 @@ void Manager::bring_back(Context& context) {
       if (need.room == 0) return;
       need.of_base = account.resident + need.room <= account.base;
       Missing missing = missing_of(need);
-      if (!missing.is_none() &&
-          obtainable(context, need.of_base, standings(&context, &victims), need.returning()) >=
-              need.room) {
+      if (!missing.is_none() && obtainable(context, need.of_base, standings(&context, &victims),
+                                           need.returning()) >= need.room) {
         reclaim_for(context, need.room);
         missing = missing_of(need);
         if (!missing.is_none()) awaited = first_retired();
@@ -331,7 +331,7 @@ void Manager::evict_context(Context& context) {
   const Clock::time_point deadline = Clock::now() + claim_timeout_;
   bool is_counted = false;
   for (;;) {
-    Round round(nullptr);
+    Round round(nullptr, stopped, deadline);
     {
       Lock lock(mutex_);
       if (stopped.count() == 0) {

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <string>
-#include <thread>
 #include <utility>
 
 #include "core/error.h"
@@ -197,12 +196,11 @@ void CudaDevice::do_move(std::span<Move> moves, const Manner& manner) {
   const Scope scope(*this);
   mover_->move(moves, manner,
                {.begin = [this](std::size_t bytes) { begin(Call::move, bytes); },
-                .drain = [&] { drain(manner.patience); },
-                .streams = [this] { return streams_to_hold(); }});
+                .streams = [&] { return streams_to_hold(manner); }});
 }
 
 // Contexts that matter more have streams of a higher priority.
-std::vector<CudaHold::Stream> CudaDevice::streams_to_hold() const {
+std::vector<CudaHold::Stream> CudaDevice::streams_to_hold(const Manner& manner) const {
   const std::vector<StreamId> known = known_.all();
   std::vector<CudaHold::Stream> streams;
   streams.reserve(known.size());
@@ -210,7 +208,8 @@ std::vector<CudaHold::Stream> CudaDevice::streams_to_hold() const {
   for (const StreamId stream : known) {
     const auto own = streams_.find(stream);
     const bool matters =
-        own != streams_.end() && own->second.priority < properties_.least_priority;
+        own != streams_.end() && own->second.priority < properties_.least_priority &&
+        std::find(manner.own.begin(), manner.own.end(), stream) == manner.own.end();
     streams.push_back({handle_of(stream), !matters});
   }
   return streams;
@@ -326,39 +325,6 @@ EventId CudaDevice::do_record(StreamId stream) {
   const CUstream handle = find(stream);
   const Scope scope(*this);
   return events_.record(handle);
-}
-
-// To ask a stream that is captured whether it is idle, or for an event, would break the capture.
-std::optional<EventId> CudaDevice::do_mark(StreamId stream, Manner::Clock::time_point deadline) {
-  const CUstream handle = handle_of(stream);
-  const Scope scope(*this);
-  for (;;) {
-    {
-      const CudaCaptures::KeptOut captures = captures_.keep_out(deadline);
-      CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
-      CUresult result = driver_.cuStreamIsCapturing_fn(handle, &status);
-      if (result == CUDA_ERROR_INVALID_HANDLE || result == CUDA_ERROR_CONTEXT_IS_DESTROYED) {
-        known_.remove(stream);
-        return std::nullopt;
-      }
-      const bool is_free = result != CUDA_ERROR_STREAM_CAPTURE_IMPLICIT &&
-                           status == CU_STREAM_CAPTURE_STATUS_NONE;
-      if (is_free) {
-        driver_.check(result, "query");
-        result = driver_.cuStreamQuery_fn(handle);
-        if (result == CUDA_SUCCESS) return std::nullopt;
-        if (result == CUDA_ERROR_NOT_READY) return events_.record(handle);
-        driver_.check(result, "query");
-      }
-      // What is captured does not run.
-      if (captures.is_beside_capture()) return std::nullopt;
-    }
-    if (Manner::Clock::now() >= deadline) {
-      throw Restless(stream, properties_.name + ": stream " + std::to_string(stream) +
-                                 " is being captured");
-    }
-    std::this_thread::sleep_for(std::chrono::microseconds(200));
-  }
 }
 
 void CudaDevice::do_wait(StreamId stream, EventId event) {

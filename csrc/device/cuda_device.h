@@ -4,7 +4,8 @@
 // A stream's id is its driver handle, so that streams of others (torch's, the user's) can be named
 // as well; the default stream is kDefaultStream. Streams of ours do not synchronise with the
 // default stream and are never destroyed, since libraries keep raw handles of them: one that is
-// given back serves the next context. Every call runs in relaxed capture mode, so that another thread's capture is not broken.
+// given back serves the next context. Every call runs in relaxed capture mode, so that another
+// thread's capture is not broken.
 //
 // Host memory that the device can map takes a recent driver; without it nothing can be moved.
 #pragma once
@@ -73,7 +74,7 @@ class CudaDevice final : public Device, public std::enable_shared_from_this<Cuda
   void do_map(Address address, Handle handle) override;
   void do_unmap(Address address, Handle handle) override;
   void do_move(std::span<Move> moves, const Manner& manner) override;
-  std::optional<EventId> do_mark(StreamId stream, Manner::Clock::time_point deadline) override;
+  void do_drain(std::chrono::nanoseconds /*patience*/) override {}
   StreamId do_create_stream(int priority, ProcessorSet processors) override;
   void do_destroy_stream(StreamId stream) override;
   void do_copy(Address destination, Address source, std::size_t bytes, StreamId stream) override;
@@ -86,7 +87,7 @@ class CudaDevice final : public Device, public std::enable_shared_from_this<Cuda
 
   static CUstream handle_of(StreamId stream);
   CUstream find(StreamId stream) const;
-  std::vector<CudaHold::Stream> streams_to_hold() const;
+  std::vector<CudaHold::Stream> streams_to_hold(const Manner& manner) const;
 
   struct Stream {
     int priority = 0;

@@ -17,9 +17,6 @@ using namespace std::chrono_literals;
 // From the first stop to the last flag: with what comes then no more than a guaranteed request
 // should feel.
 constexpr auto kLongestStop = 1500us;
-// The same of streams that matter less, before any other one is kept from going on: what they have
-// queued may take that long.
-constexpr auto kLongestPatience = 60ms;
 constexpr auto kYielding = 200us;
 // A page takes some milliseconds at most. Longer only if a hardware queue is blocked, which will
 // not change.
@@ -131,52 +128,46 @@ CudaHold::~CudaHold() {
   }
 }
 
-void CudaHold::take(CUgraphExec graph, const Streams& streams, Way way) {
+void CudaHold::note_active(const Streams& streams, std::vector<CUstream>& active) const {
+  for (const Stream& stream : streams()) {
+    const bool is_new = std::find(active.begin(), active.end(), stream.handle) == active.end();
+    if (is_new && !is_capturing(stream.handle) && !is_idle(stream.handle)) {
+      active.push_back(stream.handle);
+    }
+  }
+}
+
+void CudaHold::take(CUgraphExec graph, const Terms& terms) {
   const CudaDriver& driver = holds_.driver_;
+  watchdog_ = std::make_shared<CudaWatchdog>(holds_.flags(), number_);
+  std::vector<Stop> stopped = stop_patient(terms);
+  const std::vector<CUstream> others = others_to_stop(terms, stopped.size());
+
+  const CUstream first = others.empty() ? nullptr : others.front();
+  // Where there is but one hardware queue, everybody would wait behind the graph.
+  const bool is_early = holds_.most_stops() > 0;
+  if (!is_early) await_lull(others, terms.lull);
+  watch_for(terms.lull + kLongestStop, first);
+  // Ahead of stops: in a hardware queue it must not come behind one.
   driver.check(driver.cuGraphLaunch_fn(graph, holds_.stream_), "move (launch)");
   launched_ = true;
   driver.check(driver.cuEventRecord_fn(holds_.event_, holds_.stream_), "move (record)");
-
-  watchdog_ = std::make_shared<CudaWatchdog>(holds_.flags(), number_);
-  std::vector<Stop> stopped;
-  if (way == Way::context) {
-    if (const auto patient = busy(streams, /*patient_ones=*/true); !patient.empty()) {
-      watch_for(kLongestPatience, patient.front());
-      stopped = stop(patient);
-      await_stops(stopped);
-    }
-  }
-  std::vector<CUstream> others;
-  if (way == Way::context) {
-    others = busy(streams, /*patient_ones=*/false);
-  } else {
-    // What is captured does not run.
-    for (const Stream& stream : streams()) {
-      if (!is_capturing(stream.handle)) others.push_back(stream.handle);
-    }
-  }
-  if (stopped.size() + others.size() > holds_.most_stops() && !others.empty()) {
-    // Each would block a hardware queue until none is left, and ours with them.
-    if (way == Way::streams || stopped.size() >= holds_.most_stops()) {
-      give_up(others.front(), "is one of more than can be stopped at a time");
-    }
-    others.resize(holds_.most_stops() - stopped.size());
-  }
+  if (is_early) await_lull(others, terms.lull);
   start_ = Clock::now();
-  watch_for(kLongestStop, others.empty() ? nullptr : others.front());
+  watch_for(kLongestStop, first);
   const std::vector<Stop> more = stop(others);
   stopped.insert(stopped.end(), more.begin(), more.end());
-  if (way == Way::context) {
+  if (terms.way == Way::context) {
     const CUresult result = driver.cuCtxWaitEvent_fn(holds_.context_, holds_.event_);
     if (result == CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED) {
       give_up(nullptr, "a graph is being captured that nobody announced");
     }
     driver.check(result, "move (hold)");
-    await_rest(streams, stopped);
+    await_rest(terms.streams, stopped);
   } else {
     await_stops(stopped);
   }
-  std::atomic_ref(holds_.flags().go).store(number_, std::memory_order_release);
+  CudaFlags::raise(holds_.flags().go, number_);
   while (!CudaFlags::holds(holds_.flags().started, number_)) {
     if (watchdog_->has_opened()) give_up(nullptr, kSlow);
     std::this_thread::yield();
@@ -185,21 +176,59 @@ void CudaHold::take(CUgraphExec graph, const Streams& streams, Way way) {
   renew();
 }
 
+// What they have queued may take its time, and nobody else is kept from going on meanwhile.
+std::vector<CudaHold::Stop> CudaHold::stop_patient(const Terms& terms) {
+  if (terms.way == Way::streams) return {};
+  std::vector<CUstream> patient = active(terms, /*patient_ones=*/true);
+  // Whoever stands still for long must not take all hardware queues.
+  patient.resize(std::min(patient.size(), holds_.most_stops() / 2));
+  if (patient.empty()) return {};
+  watch_for(terms.patience, patient.front());
+  std::vector<Stop> stopped = stop(patient);
+  await_stops(stopped);
+  return stopped;
+}
+
+std::vector<CUstream> CudaHold::others_to_stop(const Terms& terms, std::size_t stopped) const {
+  const std::size_t most = holds_.most_stops() - std::min(holds_.most_stops(), stopped);
+  std::vector<CUstream> others;
+  if (terms.way == Way::streams) {
+    for (const Stream& stream : terms.streams()) {
+      // What is captured does not run.
+      if (!is_capturing(stream.handle)) others.push_back(stream.handle);
+    }
+    // Each would block a hardware queue until none is left, and ours with them.
+    if (others.size() > most)
+      give_up(others.front(), "is one of more than can be stopped at a time");
+    return others;
+  }
+  others = active(terms, /*patient_ones=*/false);
+  others.resize(std::min(others.size(), most));
+  return others;
+}
+
+// The best moment to stop them is when they have just come to rest.
+void CudaHold::await_lull(const std::vector<CUstream>& streams, std::chrono::nanoseconds lull) {
+  const auto until = Clock::now() + lull;
+  const auto are_idle = [&] {
+    return std::all_of(streams.begin(), streams.end(), [this](CUstream s) { return is_idle(s); });
+  };
+  while (!are_idle() && Clock::now() < until) std::this_thread::yield();
+}
+
 void CudaHold::watch_for(std::chrono::nanoseconds time, CUstream for_whom) {
   if (!watchdog_->watch_for(time)) give_up(for_whom, kRestless);
 }
 
-// Those that are at work, at most as many as can be stopped.
-std::vector<CUstream> CudaHold::busy(const Streams& streams, bool patient_ones) const {
-  std::vector<CUstream> busy;
-  for (const Stream& stream : streams()) {
-    const bool is_counted = stream.is_patient == patient_ones;
-    if (is_counted && !is_idle(stream.handle)) busy.push_back(stream.handle);
+// Those that are at work or may be at once.
+std::vector<CUstream> CudaHold::active(const Terms& terms, bool patient_ones) const {
+  std::vector<CUstream> result;
+  for (const Stream& stream : terms.streams()) {
+    if (stream.is_patient != patient_ones) continue;
+    const auto known = std::find(terms.active.begin(), terms.active.end(), stream.handle);
+    if (known != terms.active.end() || !is_idle(stream.handle)) result.push_back(stream.handle);
   }
-  // Half of them: whoever stands still for long must not take all hardware queues.
-  const std::size_t most = patient_ones ? holds_.most_stops() / 2 : CudaFlags::kStops / 2;
-  busy.resize(std::min(busy.size(), most));
-  return busy;
+  return result;
 }
 
 bool CudaHold::is_capturing(CUstream stream) const {
@@ -295,8 +324,8 @@ void CudaHold::ask_device() {
   if (is_asking || now - std::max(since_, asked_at_) < kUntilAsked) return;
   asked_at_ = now;
   failure_ = std::make_shared<std::atomic<CUresult>>(CUDA_SUCCESS);
-  Waiters::wait_for([driver = &holds_.driver_, context = holds_.context_,
-                     stream = holds_.stream_, failure = failure_] {
+  Waiters::wait_for([driver = &holds_.driver_, context = holds_.context_, stream = holds_.stream_,
+                     failure = failure_] {
     try {
       const CudaScope scope(*driver, context);
       const CUresult result = driver->cuStreamQuery_fn(stream);

@@ -1,17 +1,18 @@
 // Streams that stand still while memory changes its place under them.
 //
-// What is to be done meanwhile is a graph of ours, in a stream of ours. It is launched first and
-// waits for `go`; behind it an event waits for `gate`. Then everybody is kept from going on: all
-// streams of the device's context at once, also those that are made afterwards, by having the
-// context wait for the event. Nothing tells where in a stream that wait is. So a stream stands
-// still once it is idle; and one that is at work, whose owner may submit more and more behind the
-// wait, is stopped by operations in it before: one writes a number to a flag, the other waits for
-// `gate`. When all are idle or have written their flags, `go` is given; at the end `gate` is opened.
+// What is to be done meanwhile is a graph of ours, in a stream of ours. It waits for `go`, and
+// behind it an event for `gate`. Everybody is kept from going on: all streams of the device's
+// context at once, also those that are made afterwards, by having the context wait for the event.
+// Nothing tells where in a stream that wait is. So a stream stands still once it is idle; and one
+// that is at work, whose owner may submit more and more behind the wait, is stopped by operations
+// in it before: one writes a number to a flag, the other waits for `gate`. When all are idle or
+// have written their flags, `go` is given; at the end `gate` is opened.
 //
 // While a stream is stopped, some calls of the driver block whoever makes them until it goes on,
 // among them cudaFree and the first launch of a kernel, and such a thread may have locks of the
-// driver that our submissions need. So a watchdog, which calls nothing of the driver, opens `go` and
-// `gate` unless all stand still in time, and nothing is moved. From then on nothing is submitted.
+// driver that our submissions need. So a watchdog, which calls nothing of the driver, opens `go`
+// and `gate` unless all stand still in time, and nothing is moved. From then on nothing is
+// submitted.
 //
 // Stopped streams, and our graph, each block one of the few hardware queues that all streams share:
 // so only few can be stopped at a time, while the context's wait holds any number.
@@ -57,9 +58,17 @@ struct CudaFlags {
   static bool holds(std::uint32_t& flag, std::uint32_t number) {
     return std::atomic_ref(flag).load(std::memory_order_acquire) == number;
   }
+  // Whoever comes late with an older number changes nothing.
+  static void raise(std::uint32_t& flag, std::uint32_t number) {
+    std::atomic_ref atomic(flag);
+    std::uint32_t before = atomic.load(std::memory_order_relaxed);
+    while (before < number &&
+           !atomic.compare_exchange_weak(before, number, std::memory_order_release)) {
+    }
+  }
   void open(std::uint32_t number) {
-    std::atomic_ref(go).store(number, std::memory_order_release);
-    std::atomic_ref(gate).store(number, std::memory_order_release);
+    raise(go, number);
+    raise(gate, number);
   }
 };
 
@@ -144,10 +153,22 @@ class CudaHold {
   CudaHold(const CudaHold&) = delete;
   CudaHold& operator=(const CudaHold&) = delete;
 
+  // Adds those that are at work to `active`. Before take().
+  void note_active(const Streams& streams, std::vector<CUstream>& active) const;
+  struct Terms {
+    const Streams& streams;
+    Way way = Way::context;
+    // How long patient streams may take to come to rest, before any other is kept from going on.
+    std::chrono::nanoseconds patience{};
+    // How long others are watched for the moment in which all of them are idle.
+    std::chrono::nanoseconds lull{};
+    // Those that may be given more work at any moment, whether or not they are idle now.
+    const std::vector<CUstream>& active;
+  };
   // The graph must wait for `go` and write `started` first, and stop at `finished` last. When this
   // returns it runs, everybody stands still, and no call of the driver's is left to make but those
   // of mapping. Throws Restless if that could not be had in time.
-  void take(CUgraphExec graph, const Streams& streams, Way way);
+  void take(CUgraphExec graph, const Terms& terms);
   // Between looks at flags. Throws ErrorCode::busy if none come any more, ErrorCode::device if the
   // device has failed.
   void pause();
@@ -163,7 +184,10 @@ class CudaHold {
   };
 
   std::vector<Stop> stop(const std::vector<CUstream>& streams);
-  std::vector<CUstream> busy(const Streams& streams, bool patient_ones) const;
+  std::vector<Stop> stop_patient(const Terms& terms);
+  std::vector<CUstream> others_to_stop(const Terms& terms, std::size_t stopped) const;
+  std::vector<CUstream> active(const Terms& terms, bool patient_ones) const;
+  void await_lull(const std::vector<CUstream>& streams, std::chrono::nanoseconds lull);
   bool is_capturing(CUstream stream) const;
   bool is_idle(CUstream stream) const;
   void await_stops(std::vector<Stop> stops);

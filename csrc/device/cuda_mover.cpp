@@ -16,24 +16,19 @@ namespace {
 
 constexpr std::size_t kMiB = std::size_t{1} << 20;
 
-// What is moved in one hold: of each direction what is copied in it, in 2.5 ms at 55 GB/s, and of
+// What is moved in one hold: of each direction what is copied in it, in 5 ms at 55 GB/s, and of
 // unchanged pages, nearly all of whose time goes into mapping host memory, 0.5 ms per 32 MiB.
-constexpr std::size_t kBatch = 128 * kMiB;
-// The same where others are at work; and of pages that were copied ahead, where a hold does nothing
+constexpr std::size_t kBatch = 256 * kMiB;
+// Where streams are at work that had to be waited for, so that there are few holds.
+constexpr std::size_t kLargeBatch = 512 * kMiB;
+// Where sessions of others are open; and of pages that were copied ahead, where a hold does nothing
 // else: the shorter the better for whoever is held, and to begin one takes little of its time.
 constexpr std::size_t kSmallBatch = 32 * kMiB;
 // How long it is before streams that did not come to rest are held again, at first and at most.
 constexpr auto kFirstPause = std::chrono::microseconds(100);
 constexpr auto kLongestPause = std::chrono::milliseconds(8);
-
-std::size_t batch_of(const Manner& manner) {
-  return manner.is_gentle ? kSmallBatch : kBatch;
-}
-
-// What a hold takes of pages that were copied ahead. Beside copies there is time for more.
-std::size_t copied_batch(bool brings_in, const Manner& manner) {
-  return brings_in ? batch_of(manner) : kSmallBatch;
-}
+// Our graph waits in its hardware queue meanwhile, and cudaFree for our graph.
+constexpr auto kLongestLull = std::chrono::milliseconds(10);
 
 // Appends the first pages of the queue: one at least, and others as far as `limit` bytes allow.
 template <typename Queue, typename Lane, typename ToStep>
@@ -78,6 +73,7 @@ void CudaMover::prepare() {
 void CudaMover::move(std::span<Move> moves, const Manner& manner, const Asks& asks) {
   const std::lock_guard lock(mutex_);
   prepare();
+  is_waited_for_ = false;
   // However this ends, nothing may write to handles afterwards.
   struct Clearing {
     CudaStaging& staging;
@@ -99,8 +95,13 @@ void CudaMover::move(std::span<Move> moves, const Manner& manner, const Asks& as
     }
     carry_out(batch, manner, asks);
     for (const Step& step : batch[kCompared]) {
-      // A page that is written to all the time would never be the same as its copy.
-      if (!step.move->done) (step.copied ? left.changed : left.outs).push_back(step.move);
+      if (step.move->done) continue;
+      (step.copied ? left.changed : left.outs).push_back(step.move);
+      // Pages that are written to all the time would never be the same as their copies.
+      if (step.copied) {
+        left.changed.insert(left.changed.end(), left.outs.begin(), left.outs.end());
+        left.outs.clear();
+      }
     }
   }
 }
@@ -134,6 +135,16 @@ void CudaMover::copy_ahead(Left& left, const Manner& manner) {
   }
 }
 
+std::size_t CudaMover::batch(const Manner& manner) const {
+  if (manner.is_gentle) return kSmallBatch;
+  return is_waited_for_ ? kLargeBatch : kBatch;
+}
+
+// What a hold takes of pages that were copied ahead. Beside copies there is time for more.
+std::size_t CudaMover::copied_batch(bool brings_in, const Manner& manner) const {
+  return brings_in || is_waited_for_ ? std::min(batch(manner), kBatch) : kSmallBatch;
+}
+
 CudaMover::Batch CudaMover::next_batch(Left& left, const Manner& manner) {
   Batch batch;
   const auto copy = [](Move* move) { return Step{move, std::nullopt, true}; };
@@ -143,15 +154,15 @@ CudaMover::Batch CudaMover::next_batch(Left& left, const Manner& manner) {
   };
   take_copied(batch[kCompared], copied_batch(!left.ins.empty(), manner));
   if (batch[kCompared].empty()) {
-    take(left.known, batch_of(manner), batch[kCompared],
+    take(left.known, this->batch(manner), batch[kCompared],
          [](Move* move) { return Step{move, move->known, false}; });
   }
   if (is_full()) return batch;
-  take(left.ins, batch_of(manner), batch[kIn], copy);
+  take(left.ins, this->batch(manner), batch[kIn], copy);
   if (is_full()) return batch;
   // Copies ahead of holds would only slow these down.
   if (left.outs.empty() && staging_.is_empty()) {
-    take(left.changed, batch_of(manner), batch[kOut], copy);
+    take(left.changed, this->batch(manner), batch[kOut], copy);
   }
   return batch;
 }
@@ -171,26 +182,29 @@ void CudaMover::take_copied(Lane& lane, std::size_t limit) {
 // Until it has been done once. What was submitted for a hold that was given up does nothing but
 // copy in vain.
 void CudaMover::carry_out(const Batch& batch, const Manner& manner, const Asks& asks) {
-  const auto deadline = Manner::Clock::now() + manner.patience;
+  const auto deadline = CudaHold::Clock::now() + manner.patience;
   std::chrono::microseconds pause = kFirstPause;
+  std::vector<CUstream> active;
   for (;;) {
     try {
-      hold_for(batch, manner, asks);
+      hold_for(batch, manner, asks, std::min<std::chrono::microseconds>(10 * pause, kLongestLull),
+               active);
+      is_waited_for_ = !active.empty();
       return;
     } catch (const Restless&) {
-      if (Manner::Clock::now() + pause >= deadline) throw;
+      if (CudaHold::Clock::now() + pause >= deadline) throw;
     }
     std::this_thread::sleep_for(pause);
     pause = std::min<std::chrono::microseconds>(2 * pause, kLongestPause);
-    asks.drain();
   }
 }
 
-void CudaMover::hold_for(const Batch& batch, const Manner& manner, const Asks& asks) {
+void CudaMover::hold_for(const Batch& batch, const Manner& manner, const Asks& asks,
+                         std::chrono::nanoseconds lull, std::vector<CUstream>& active) {
   if (manner.is_gentle) std::this_thread::sleep_until(pace_.next(CudaPace::Clock::now()));
-  const CudaCaptures::KeptOut captures = captures_.keep_out(CudaCaptures::Clock::now() + manner.patience);
-  const bool is_at_once =
-      CudaHolds::has_context_wait(driver_) && !captures.is_beside_capture();
+  const CudaCaptures::KeptOut captures =
+      captures_.keep_out(CudaCaptures::Clock::now() + manner.patience);
+  const bool is_at_once = CudaHolds::has_context_wait(driver_) && !captures.is_beside_capture();
   const std::uint32_t number = holds_.next_number();
   CudaGraph graph(driver_, holds_.context());
   add_steps(graph, batch, number);
@@ -203,8 +217,13 @@ void CudaMover::hold_for(const Batch& batch, const Manner& manner, const Asks& a
   });
   CudaHold hold(holds_, number);
   const ScopeExit tell([&] { start = hold.start(); });
-  hold.take(graph.executable(), asks.streams,
-            is_at_once ? CudaHold::Way::context : CudaHold::Way::streams);
+  hold.note_active(asks.streams, active);
+  hold.take(graph.executable(),
+            {.streams = asks.streams,
+             .way = is_at_once ? CudaHold::Way::context : CudaHold::Way::streams,
+             .patience = manner.patience,
+             .lull = lull,
+             .active = active});
   finish_steps(hold, number, batch, asks);
 }
 

@@ -38,8 +38,6 @@ class CudaMover {
   struct Asks {
     // Before a page is remapped; should it throw, neither that page nor a later one is.
     std::function<void(std::size_t bytes)> begin;
-    // Device::drain().
-    std::function<void()> drain;
     CudaHold::Streams streams;
   };
 
@@ -79,11 +77,14 @@ class CudaMover {
   using Batch = std::array<Lane, CudaFlags::kLanes>;
 
   Left sort(std::span<Move> moves) const;
+  std::size_t batch(const Manner& manner) const;
+  std::size_t copied_batch(bool brings_in, const Manner& manner) const;
   void copy_ahead(Left& left, const Manner& manner);
   Batch next_batch(Left& left, const Manner& manner);
   void take_copied(Lane& lane, std::size_t limit);
   void carry_out(const Batch& batch, const Manner& manner, const Asks& asks);
-  void hold_for(const Batch& batch, const Manner& manner, const Asks& asks);
+  void hold_for(const Batch& batch, const Manner& manner, const Asks& asks,
+                std::chrono::nanoseconds lull, std::vector<CUstream>& active);
   void finish_steps(CudaHold& hold, std::uint32_t number, const Batch& batch, const Asks& asks);
   void add_steps(CudaGraph& graph, const Batch& batch, std::uint32_t number);
   bool tells_contents(const Move& move) const;
@@ -97,6 +98,7 @@ class CudaMover {
   std::mutex mutex_;
   CudaHolds holds_;
   CudaPace pace_;
+  bool is_waited_for_ = false;  // streams at work, by the last hold
   CudaStaging staging_;
   std::mutex preparing_;
   std::optional<CudaFingerprint> fingerprint_;  // once prepared

@@ -1,7 +1,6 @@
 #include "device/device.h"
 
 #include <algorithm>
-#include <thread>
 #include <utility>
 
 #include "core/types.h"
@@ -90,35 +89,9 @@ void Device::unmap(Address address, Handle handle) {
   do_unmap(address, handle);
 }
 
-// A stream that comes to rest may be at work again at once, so whoever waits for that looks often.
 void Device::drain(std::chrono::nanoseconds patience) {
-  using namespace std::chrono_literals;
   begin(Call::drain);
-  const auto start = Manner::Clock::now();
-  const auto deadline = start + patience;
-  struct Mark {
-    StreamId stream;
-    EventId event;
-  };
-  std::vector<Mark> marks;
-  for (const StreamId stream : known_.all()) {
-    if (const auto event = do_mark(stream, deadline)) marks.push_back({stream, *event});
-  }
-  for (;;) {
-    std::erase_if(marks, [this](const Mark& mark) { return is_done(mark.event); });
-    if (marks.empty()) return;
-    const auto now = Manner::Clock::now();
-    if (now >= deadline) {
-      throw Restless(marks.front().stream, properties_.name + ": stream " +
-                                               std::to_string(marks.front().stream) +
-                                               " has not come to rest");
-    }
-    if (now - start < 200us) {
-      std::this_thread::yield();
-    } else {
-      std::this_thread::sleep_for(20us);
-    }
-  }
+  do_drain(patience);
 }
 
 void Device::move(std::span<Move> moves, const Manner& manner) {

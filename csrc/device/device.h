@@ -77,24 +77,23 @@ class Restless : public Error {
 
 // How a move treats the work of others.
 struct Manner {
-  using Clock = std::chrono::steady_clock;
-
   std::chrono::nanoseconds patience{};  // how long to wait for streams to come to rest, each time
-  bool is_gentle = false;  // others are at work: hold them briefly, and not often
+  bool is_gentle = false;               // others are at work: hold them briefly, and not often
+  std::vector<StreamId> own{};          // streams of who moves: they may be held for longer
 };
 
 class Device {
  public:
   struct Properties {
     std::string name;
-    std::size_t capacity = 0;     // bytes of handles that can exist at a time
-    std::size_t granularity = 0;  // sizes of handles and ranges are multiples of it
-    bool is_host = false;         // its memory is ordinary host memory
-    bool can_move = false;        // create_host() and move() work
-    bool can_hold = false;        // move() holds whoever is at work
-    std::string holds;            // whom, in words
+    std::size_t capacity = 0;             // bytes of handles that can exist at a time
+    std::size_t granularity = 0;          // sizes of handles and ranges are multiples of it
+    bool is_host = false;                 // its memory is ordinary host memory
+    bool can_move = false;                // create_host() and move() work
+    bool can_hold = false;                // move() holds whoever is at work
+    std::string holds;                    // whom, in words
     StreamId default_stream = kNoStream;  // kNoStream: there is none
-    int least_priority = 0;       // of streams; lower numbers are more important
+    int least_priority = 0;               // of streams; lower numbers are more important
     int greatest_priority = 0;
     // The processors of each group that streams can be confined to, at most 64 groups; if there are
     // none, why.
@@ -150,7 +149,8 @@ class Device {
   // From now on, work on `stream`, whoever submits it, may use memory of the device. Streams of
   // create_stream() are known from the beginning, and so is the default stream.
   void announce(StreamId stream) { known_.add(stream); }
-  // Blocks until every known stream is past what it holds now. Throws Restless.
+  // Blocks until every known stream is past what it holds now; where move() holds streams it does
+  // so itself. Throws Restless.
   void drain(std::chrono::nanoseconds patience);
   // Carries out the moves. Work on known streams is either before the move of a page or after it:
   // it is waited for, or held back. Call drain() first. Blocks. If it throws, each move is either
@@ -210,8 +210,7 @@ class Device {
   virtual void do_map(Address address, Handle handle) = 0;
   virtual void do_unmap(Address address, Handle handle) = 0;
   virtual void do_move(std::span<Move> moves, const Manner& manner) = 0;
-  // An event behind what the stream holds now; nothing if it holds nothing. As drain().
-  virtual std::optional<EventId> do_mark(StreamId stream, Manner::Clock::time_point deadline) = 0;
+  virtual void do_drain(std::chrono::nanoseconds patience) = 0;
   virtual StreamId do_create_stream(int priority, ProcessorSet processors) = 0;
   virtual void do_destroy_stream(StreamId stream) = 0;
   virtual void do_copy(Address destination, Address source, std::size_t bytes, StreamId stream) = 0;

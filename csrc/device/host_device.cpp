@@ -7,11 +7,9 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <string>
-#include <thread>
 
 #include "core/error.h"
 #include "core/types.h"
@@ -210,17 +208,6 @@ void HostDevice::move_page(Move& move) {
   move.done = true;
   // Contents are compared, not told by a number: that there is one is enough.
   if (!move.to.on_host) move.contents = Fingerprint{};
-}
-
-std::optional<EventId> HostDevice::do_mark(StreamId stream, Manner::Clock::time_point deadline) {
-  for (;;) {
-    try {
-      return timeline_.mark(stream);
-    } catch (const Restless&) {
-      if (Manner::Clock::now() >= deadline) throw;
-    }
-    std::this_thread::sleep_for(std::chrono::microseconds(200));
-  }
 }
 
 void HostDevice::privatise_in_child(Address address, Handle handle) noexcept {

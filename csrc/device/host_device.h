@@ -92,7 +92,9 @@ class HostDevice final : public Device {
   void do_unmap(Address address, Handle handle) override;
   void do_move(std::span<Move> moves, const Manner& manner) override;
   void move_page(Move& move);
-  std::optional<EventId> do_mark(StreamId stream, Manner::Clock::time_point deadline) override;
+  void do_drain(std::chrono::nanoseconds patience) override {
+    timeline_.drain(known_.all(), patience);
+  }
   StreamId do_create_stream(int /*priority*/, ProcessorSet processors) override {
     return timeline_.create_stream(processors);
   }

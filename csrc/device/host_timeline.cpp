@@ -1,6 +1,7 @@
 #include "device/host_timeline.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -110,16 +111,23 @@ bool HostTimeline::is_capturing(StreamId stream) {
   return !is_gone(stream) && find(stream).capturing;
 }
 
-std::optional<EventId> HostTimeline::mark(StreamId stream) {
-  {
-    const std::lock_guard lock(mutex_);
+void HostTimeline::drain(const std::vector<StreamId>& streams, std::chrono::nanoseconds patience) {
+  const auto deadline = std::chrono::steady_clock::now() + patience;
+  std::unique_lock lock(mutex_);
+  const auto refuse = [](StreamId stream, const char* why) {
+    throw Restless(stream, "host: stream " + std::to_string(stream) + why);
+  };
+  for (const StreamId stream : streams) {
+    const auto is_capturing = [&] { return !is_gone(stream) && find(stream).capturing; };
+    const auto is_over = [&] { return !is_capturing(); };
+    if (!progress_.wait_until(lock, deadline, is_over)) refuse(stream, " is being captured");
     const auto known = streams_.find(stream);
-    if (known == streams_.end()) return std::nullopt;
-    const Stream& queue = known->second;
-    if (queue.pending.empty() && !queue.capturing) return std::nullopt;
-    if (!queue.capturing) return queue.pending.back().number;
+    const bool is_idle = known == streams_.end() || known->second.pending.empty();
+    const EventId last = is_idle ? 0 : known->second.pending.back().number;
+    if (!progress_.wait_until(lock, deadline, [&] { return done(last); })) {
+      refuse(stream, " has not come to rest");
+    }
   }
-  throw Restless(stream, "host: stream " + std::to_string(stream) + " is being captured");
 }
 
 std::optional<StreamId> HostTimeline::keep_away(Address address, std::size_t bytes,
@@ -172,6 +180,7 @@ void HostTimeline::let_go(StreamId stream) {
 void HostTimeline::set_capturing(StreamId stream, bool capturing) {
   const std::lock_guard lock(mutex_);
   find(stream).capturing = capturing;
+  progress_.notify_all();
 }
 
 }  // namespace pgk

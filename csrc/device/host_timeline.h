@@ -2,6 +2,7 @@
 // as soon as nothing holds it back, on the thread that submitted it or that removed the obstacle.
 #pragma once
 
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -9,6 +10,7 @@
 #include <map>
 #include <mutex>
 #include <optional>
+#include <vector>
 
 #include "device/device.h"
 
@@ -32,9 +34,8 @@ class HostTimeline {
   void hold(StreamId stream);
   void let_go(StreamId stream);
   void set_capturing(StreamId stream, bool capturing);
-  // An event behind what the stream holds; nothing if it holds nothing. Throws ErrorCode::busy if
-  // it is captured.
-  std::optional<EventId> mark(StreamId stream);
+  // Waits until the streams are past what they hold, and are not captured. Throws Restless.
+  void drain(const std::vector<StreamId>& streams, std::chrono::nanoseconds patience);
   // Calls `action` while no stream gets on. Instead returns the stream of work that touches the
   // memory and is still to run, if there is any.
   std::optional<StreamId> keep_away(Address address, std::size_t bytes,

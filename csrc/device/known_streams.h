@@ -52,7 +52,7 @@ class KnownStreams {
   }
 
   mutable std::mutex mutex_;
-  std::vector<StreamId> streams_;  // sorted
+  std::vector<StreamId> streams_;                       // sorted
   std::atomic<std::uint64_t> version_{next_version()};  // another one whenever a stream goes
 };
 

@@ -68,8 +68,7 @@ void bind_device(py::module_& module) {
                              [](const Device& self) { return self.properties().can_move; })
       .def_property_readonly("can_hold",
                              [](const Device& self) { return self.properties().can_hold; })
-      .def_property_readonly("holds",
-                             [](const Device& self) { return self.properties().holds; })
+      .def_property_readonly("holds", [](const Device& self) { return self.properties().holds; })
       .def("create", &Device::create, py::arg("bytes"), Unlocked())
       .def("create_host", &Device::create_host, py::arg("bytes"), Unlocked())
       .def("release", &Device::release, py::arg("handle"), Unlocked())
@@ -86,7 +85,7 @@ void bind_device(py::module_& module) {
             ScopeExit tell([&] {
               for (std::size_t i = 0; i < all.size(); ++i) *moves[i] = all[i];
             });
-            self.move(all, {nanoseconds(patience), gently});
+            self.move(all, {.patience = nanoseconds(patience), .is_gentle = gently, .own = {}});
           },
           py::arg("moves"), py::arg("patience") = 10.0, py::arg("gently") = false, Unlocked())
       .def("announce", &Device::announce, py::arg("stream"))

@@ -184,8 +184,7 @@ void bind_manager(py::module_& module) {
       .def("unpin", &Manager::unpin, py::arg("context").none(false), Unlocked())
       .def("join", &Manager::join, py::arg("context").none(false), Unlocked())
       .def_property_readonly(
-          "device_holds",
-          [](const Manager& self) { return self.device()->properties().can_hold; })
+          "device_holds", [](const Manager& self) { return self.device()->properties().can_hold; })
       .def("declare_consumer", &Manager::declare_consumer, py::arg("producer").none(false),
            py::arg("consumer").none(false), Unlocked())
       .def(

@@ -36,7 +36,8 @@ from tests.gpu.test_memcheck import ROOT
 pytestmark = pytest.mark.usefixtures("check_invariants")
 
 SECONDS = 5  # that each of them takes
-AHEAD = 16  # how many kernels are queued before somebody waits for them
+AHEAD = 4  # how many kernels are queued before somebody waits for them
+SIZE = 256 * MB  # of what they change: in host memory a kernel takes some ten times as long
 
 
 @pytest.fixture
@@ -164,7 +165,7 @@ def test_no_update_is_lost_while_memory_moves(
     kind: Callable[[ExecutionContext, torch.Tensor], Callable[[], None]],
 ) -> None:
     context = create_context("a", 3 * GB)
-    x = words(context, 2 * GB)
+    x = words(context, SIZE)
     update, mover, count = kind(context, x), Mover(context), 0
 
     def counted() -> None:
@@ -181,7 +182,7 @@ def test_no_update_is_lost_while_memory_moves(
 
 def test_no_update_of_a_daemon_thread_is_lost_nor_does_it_keep_the_context_in_use() -> None:
     context = create_context("a", 3 * GB)
-    x = words(context, 2 * GB)
+    x = words(context, SIZE)
     mover, stop, count = Mover(context), threading.Event(), 0
     errors: list[BaseException] = []
 
@@ -241,7 +242,7 @@ def test_evicting_waits_for_a_stream_that_was_recorded(how: str) -> None:
 
 def test_forty_streams_at_work() -> None:
     context = create_context("a", 2 * GB)
-    x = words(context, GB)
+    x = words(context, SIZE)
     # Torch has 32 of each priority.
     streams = [torch.cuda.Stream() for _ in range(32)]
     streams += [torch.cuda.Stream(priority=-1) for _ in range(8)]

@@ -12,7 +12,7 @@ import torch
 
 from pygpukit_torch import ContextBusyError, DeviceError, native
 from pygpukit_torch.native import Move
-from tests.turns import background
+from tests.turns import background, wait_until
 
 MB = 1 << 20
 PAGE = 2 * MB
@@ -327,13 +327,28 @@ def test_two_contexts_swap_through_little_host_memory(live: int, backup: int) ->
 # Consumers --------------------------------------------------------------------------------------
 
 
-def test_entering_a_consumer_waits_while_its_producer_moves(bench: Bench) -> None:
-    a, b, c = bench.create("a"), bench.create("b"), bench.create("c")
-    block, target = bench.fill(a, 10 * MB, 1), bench.fill(c, MB, 2)
-    bench.read_on(c.stream, block, target)
-    eviction = Waiting(bench, bench.manager.evict_context, a)
-    bench.manager.declare_consumer(a, b)
-    entrance = Waiting(bench, enter, b)
-    eviction.ends(c.stream)
-    entrance.ends()
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_consumers_wait_while_their_producer_moves(when: str) -> None:
+    """Those that enter, and those that join since they become consumers only now."""
+    bench = Bench(64 * MB)
+    a, b = bench.create("a", 64 * MB), bench.create("b")
+    bench.fill(a, 64 * MB, 1)
+    seen = 0
+    for _ in range(5):
+        if when == "before":
+            bench.manager.declare_consumer(a, b)
+        eviction = background(bench.manager.evict_context, a)
+        wait_until(lambda: a.is_moving or bench.evicted("a") > 0)
+        seen += a.is_moving
+        session = native.Session(b, ordered=False)
+        session.enter()
+        if when == "meanwhile":
+            bench.manager.declare_consumer(a, b)
+            bench.manager.join(a)
+        assert not a.is_moving
+        assert bench.evicted("a") == 64 * MB
+        session.exit()
+        eviction.result(30)
+        bench.manager.restore_context(a)
+    assert seen
     bench.check()

@@ -230,7 +230,7 @@ def test_captures_have_a_stream_of_their_own(
     assert inside.capture_stream() == stream
     partitions.assign(inside, None)
     partitions.delete_partition("a")
-    assert inside.capture_stream() == 0, "any will do: here no stream has a priority"
+    assert inside.capture_stream() not in (0, stream, inside.stream)
 
 
 def test_a_device_that_fails_changes_nothing(
