@@ -112,6 +112,7 @@ std::span<std::uint32_t> CudaHolds::take_stops(std::size_t count) {
 
 CudaHold::~CudaHold() {
   holds_.flags().open(number_);
+  if (start_ != Clock::time_point{}) holds_.pace().add(start_, Clock::now());
   if (watchdog_ != nullptr) watchdog_->stop();
   try {
     for (renew(); launched_ && !CudaFlags::holds(holds_.flags().finished, number_);) {

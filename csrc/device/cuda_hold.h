@@ -30,6 +30,7 @@
 #include <vector>
 
 #include "device/cuda_driver.h"
+#include "device/cuda_pace.h"
 #include "device/device.h"
 
 namespace pgk {
@@ -107,6 +108,8 @@ class CudaHolds {
   CudaHolds& operator=(const CudaHolds&) = delete;
 
   CUcontext context() const { return context_; }
+  // Of those before the next one.
+  CudaPace& pace() { return pace_; }
   CudaFlags& flags() { return *flags_; }
   // Of ours; idle outside of holds.
   CUstream stream() const { return stream_; }
@@ -128,6 +131,7 @@ class CudaHolds {
   CudaFlags* flags_ = nullptr;
   CUstream stream_ = nullptr;
   CUevent event_ = nullptr;
+  CudaPace pace_;
   std::uint32_t number_ = 0;
   std::size_t next_stop_ = 0;
 };
@@ -174,8 +178,6 @@ class CudaHold {
   void pause();
   // After a flag that was seen.
   void renew() { since_ = Clock::now(); }
-  // When the first stream was kept from going on.
-  Clock::time_point start() const { return start_; }
 
  private:
   struct Stop {
@@ -201,7 +203,7 @@ class CudaHold {
   std::uint32_t number_;
   bool launched_ = false;
   std::shared_ptr<CudaWatchdog> watchdog_;  // null until streams are kept from going on
-  Clock::time_point start_{};
+  Clock::time_point start_{};  // when the first stream was kept from going on, patient ones apart
   Clock::time_point since_ = Clock::now();
   Clock::time_point asked_at_{};
   std::shared_ptr<std::atomic<CUresult>> failure_;  // null until the device is asked

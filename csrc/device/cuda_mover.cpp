@@ -8,7 +8,6 @@
 #include <thread>
 
 #include "core/error.h"
-#include "core/scope_exit.h"
 #include "core/types.h"
 
 namespace pgk {
@@ -201,7 +200,7 @@ void CudaMover::carry_out(const Batch& batch, const Manner& manner, const Asks& 
 
 void CudaMover::hold_for(const Batch& batch, const Manner& manner, const Asks& asks,
                          std::chrono::nanoseconds lull, std::vector<CUstream>& active) {
-  if (manner.is_gentle) std::this_thread::sleep_until(pace_.next(CudaPace::Clock::now()));
+  if (manner.is_gentle) std::this_thread::sleep_until(holds_.pace().next(CudaPace::Clock::now()));
   const CudaCaptures::KeptOut captures =
       captures_.keep_out(CudaCaptures::Clock::now() + manner.patience);
   const bool is_at_once = CudaHolds::has_context_wait(driver_) && !captures.is_beside_capture();
@@ -211,12 +210,7 @@ void CudaMover::hold_for(const Batch& batch, const Manner& manner, const Asks& a
   graph.instantiate();
   driver_.check(driver_.cuGraphUpload_fn(graph.executable(), holds_.stream()), "move (upload)");
 
-  CudaPace::Clock::time_point start{};
-  const ScopeExit note([&] {
-    if (start != CudaPace::Clock::time_point{}) pace_.add(start, CudaPace::Clock::now());
-  });
   CudaHold hold(holds_, number);
-  const ScopeExit tell([&] { start = hold.start(); });
   hold.note_active(asks.streams, active);
   hold.take(graph.executable(),
             {.streams = asks.streams,

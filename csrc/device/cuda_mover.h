@@ -25,7 +25,6 @@
 #include "device/cuda_graph.h"
 #include "device/cuda_hold.h"
 #include "device/cuda_mappings.h"
-#include "device/cuda_pace.h"
 #include "device/cuda_staging.h"
 #include "device/device.h"
 
@@ -97,7 +96,6 @@ class CudaMover {
   CudaCaptures& captures_;
   std::mutex mutex_;
   CudaHolds holds_;
-  CudaPace pace_;
   bool is_waited_for_ = false;  // streams at work, by the last hold
   CudaStaging staging_;
   std::mutex preparing_;

@@ -2,15 +2,11 @@
 
 #include <c10/cuda/CUDAFunctions.h>
 
-#include <algorithm>
 #include <array>
-#include <optional>
 #include <tuple>
 #include <utility>
 
 #include "core/address_table.h"
-#include "core/blocking.h"
-#include "core/scope_exit.h"
 #include "torch/cuda_forwarder.h"
 #include "torch/cuda_pools.h"
 #include "torch/cuda_report.h"
@@ -123,19 +119,12 @@ class CudaAllocator final : public CudaForwarder {
 
   void beginAllocateToPool(c10::DeviceIndex device, c10::MempoolId_t id,
                            std::function<bool(cudaStream_t)> filter) override {
-    const StreamId stream = current_stream(device);
-    // A MemPool takes whatever its thread or stream asks for; a capture takes nothing yet, since it
-    // only begins after this.
-    const bool is_capture = serves(device) && !filter(handle_of(stream));
-    if (is_capture) begin_capture(id, stream);
-    ScopeExit undo([&] {
-      if (is_capture) end_capture(id);
-    });
-    pools_.begin(device, id, std::move(filter), context_of_session(device));
-    undo.dismiss();
+    mend_stream();
+    const auto manager = serves(device) ? this->manager() : nullptr;
+    const auto served = manager ? std::static_pointer_cast<CudaDevice>(manager->device()) : nullptr;
+    pools_.begin(device, id, std::move(filter), context_of_session(device), served);
   }
   void endAllocateToPool(c10::DeviceIndex device, c10::MempoolId_t id) override {
-    end_capture(id);
     pools_.end(device, id);
   }
   void releasePool(c10::DeviceIndex device, c10::MempoolId_t id) override {
@@ -315,31 +304,6 @@ class CudaAllocator final : public CudaForwarder {
     context.manager()->refuse(context, bytes, said);
   }
 
-  // Moves keep away from captures, and captures from moves.
-  void begin_capture(c10::MempoolId_t id, StreamId stream) {
-    const auto manager = this->manager();
-    if (!manager) return;
-    const auto device = std::static_pointer_cast<CudaDevice>(manager->device());
-    {
-      const Blocking blocking;
-      device->begin_capture(stream);
-    }
-    const std::lock_guard lock(mutex_);
-    captures_.push_back({id, stream, device});
-  }
-  void end_capture(c10::MempoolId_t id) {
-    std::optional<Capture> capture;
-    {
-      const std::lock_guard lock(mutex_);
-      const auto it = std::find_if(captures_.begin(), captures_.end(),
-                                   [&](const Capture& known) { return known.pool == id; });
-      if (it == captures_.end()) return;
-      capture = std::move(*it);
-      captures_.erase(it);
-    }
-    capture->device->end_capture(capture->stream);
-  }
-
   // Makes room and asks native once more where that may help.
   template <typename Request>
   std::invoke_result_t<Request> from_native(StreamId stream, std::size_t bytes,
@@ -370,12 +334,6 @@ class CudaAllocator final : public CudaForwarder {
     return request();
   }
 
-  struct Capture {
-    c10::MempoolId_t pool;
-    StreamId stream = kNoStream;
-    std::shared_ptr<CudaDevice> device;
-  };
-
   CudaPools pools_;
   CudaStatistics statistics_;
   mutable std::mutex mutex_;
@@ -383,7 +341,6 @@ class CudaAllocator final : public CudaForwarder {
   std::atomic<ThreadStreams*> served_{nullptr};
   std::atomic<c10::DeviceIndex> served_device_{-1};  // -1: none, whatever else matches
   std::vector<caching::OutOfMemoryObserver> oom_observers_;
-  std::vector<Capture> captures_;  // that have not ended, as far as torch said
 };
 
 std::shared_ptr<CudaAllocator> instance;

@@ -135,8 +135,20 @@ bool CudaPools::any() const {
   return !references_.empty();
 }
 
+CudaPools::Capture::Capture(std::shared_ptr<CudaDevice> on, StreamId stream)
+    : device(std::move(on)), stream(stream) {
+  const Blocking blocking;
+  device->begin_capture(stream);
+}
+
 void CudaPools::begin(c10::DeviceIndex device, c10::MempoolId_t id, Filter filter,
-                      const std::shared_ptr<Context>& context) {
+                      const std::shared_ptr<Context>& context,
+                      const std::shared_ptr<CudaDevice>& served) {
+  // A MemPool takes whatever its thread or stream asks for; a capture takes nothing yet, since it
+  // only begins after this.
+  const StreamId stream = current_cuda_stream(device);
+  std::shared_ptr<Capture> capture;
+  if (served && !filter(handle_of(stream))) capture = std::make_shared<Capture>(served, stream);
   const Lock lock(mutex_);
   if (context && !bound_.contains(id) && use_count(device, id) == 0) {
     const auto provider = std::make_shared<Provider>(context);
@@ -145,7 +157,7 @@ void CudaPools::begin(c10::DeviceIndex device, c10::MempoolId_t id, Filter filte
   }
   native_->beginAllocateToPool(device, id, filter);
   ++references_[id];
-  captures_.push_back({id, std::move(filter)});
+  captures_.push_back({id, std::move(filter), std::move(capture)});
   ++begun_;
 }
 

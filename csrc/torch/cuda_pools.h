@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "core/context.h"
+#include "device/cuda_device.h"
 
 namespace pgk {
 
@@ -43,9 +44,10 @@ class CudaPools {
   // The context that provides for that pool; null if none does.
   std::shared_ptr<Context> provider_of(cudaStream_t stream) const;
 
-  // As native's functions of these names; `context` is that of the calling thread's session.
+  // As native's functions of these names; `context` is that of the calling thread's session, and
+  // `served` the device whose moves have to keep away from a capture, null if there is none.
   void begin(c10::DeviceIndex device, c10::MempoolId_t id, Filter filter,
-             const std::shared_ptr<Context>& context);
+             const std::shared_ptr<Context>& context, const std::shared_ptr<CudaDevice>& served);
   void end(c10::DeviceIndex device, c10::MempoolId_t id);
   void create(c10::DeviceIndex device, c10::MempoolId_t id, std::shared_ptr<Native> allocator,
               const std::shared_ptr<Context>& context);
@@ -63,9 +65,20 @@ class CudaPools {
     std::shared_ptr<Provider> provider;
     bool has_own_reference = false;  // beside those that graphs have
   };
+  // A capture that a device's moves keep away from.
+  struct Capture {
+    std::shared_ptr<CudaDevice> device;
+    StreamId stream = kNoStream;
+
+    Capture(std::shared_ptr<CudaDevice> device, StreamId stream);
+    ~Capture() { device->end_capture(stream); }
+    Capture(const Capture&) = delete;
+    Capture& operator=(const Capture&) = delete;
+  };
   struct Begun {
     c10::MempoolId_t id;
     Filter filter;
+    std::shared_ptr<Capture> capture;  // null for MemPools
   };
   struct Released {
     c10::MempoolId_t id;

@@ -199,9 +199,9 @@ def test_what_was_live_on_the_old_stream_waits_for_it_when_it_is_freed(
     manager.check_invariants()
 
 
-def test_an_eviction_waits_for_the_old_stream(
-    device: native.HostDevice, manager: Manager, partitions: PartitionManager
-) -> None:
+def test_an_eviction_waits_for_the_old_stream(device: native.HostDevice) -> None:
+    manager = Manager(device, native.host_streams(), host_backup=256 * MB)
+    partitions = PartitionManager(PartitionConfig(device.capacity), manager)
     context = manager.create_context("c", 8 * MB)
     old = context.stream
     context.allocate(2 * MB)
