@@ -1,14 +1,8 @@
 """Several PyTorch models on one device, each inside its own memory budget, tier and stream."""
 
-import os
+from pygpukit_torch import _build_check, _hardware_queues
 
-from pygpukit_torch import _build_check
-
-# How many hardware queues the streams of a process share, which the driver reads when it is first
-# used: with its default of 8, streams of different contexts wait for each other, and fewer of them
-# can be stopped while memory moves. Whoever has set it keeps what was set.
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-
+_hardware_queues.ask_for_more()
 _build_check.check_this_build()
 
 from pygpukit_torch import errors, native, scheduler  # noqa: E402

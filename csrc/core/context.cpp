@@ -125,12 +125,12 @@ void Context::free(void* pointer) {
 }
 
 void Context::free_after(void* pointer, std::span<const StreamId> streams) {
-  for (const StreamId stream : streams) device_->announce(stream);
   std::shared_ptr<Manager> manager;
   const std::uint64_t id = account_;
   {
     const std::lock_guard lock(mutex_);
     if (state_ == State::forked) return;
+    for (const StreamId stream : streams) device_->announce(stream);
     release(granule_of(pointer), streams);
     ++counters_.frees;
     if (state_ == State::orphan) manager = manager_of_orphan_;
@@ -141,11 +141,11 @@ void Context::free_after(void* pointer, std::span<const StreamId> streams) {
 // Fences -----------------------------------------------------------------------------------------
 
 void Context::record_use(const void* pointer, StreamId stream) {
-  device_->announce(stream);
   {
     const std::lock_guard lock(mutex_);
     const std::uint32_t start = granule_of(pointer);
     if (state_ == State::forked) return;
+    device_->announce(stream);
     if (arena_.live_granules(start) != 0 && lanes_[arena_.lane_of(start)] != stream) {
       std::vector<StreamId>& uses = uses_[start];
       if (std::find(uses.begin(), uses.end(), stream) == uses.end()) uses.push_back(stream);

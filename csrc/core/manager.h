@@ -113,7 +113,7 @@ class Manager : public std::enable_shared_from_this<Manager> {
   // is not moved, unless for somebody's base.
   void declare_consumer(Context& producer, const std::shared_ptr<Context>& consumer);
   // Blocks while pages of the context move. Not a thread that runs an event loop, where the device
-  // holds whoever is at work.
+  // holds whoever is at work; nor one that captures, for which moves wait.
   void join(const Context& context);
   void set_pressure_handler(PressureHandler handler);
   // For memory outside of contexts: gives back what trim() does, and evicts idle best-effort
@@ -281,7 +281,8 @@ class Manager : public std::enable_shared_from_this<Manager> {
   std::string whose(StreamId stream) const;
   void take_host_memory(Round& round);
   void settle(Round& round, std::uint64_t nanoseconds);
-  bool make_room(const Need& need, std::string& why);
+  bool make_room(Need need, std::string& why);
+  void await_captures(Clock::time_point deadline);
   void* explained(const Need& need, std::string& why);
   bool await_others(Lock& lock, const Need& need, Stopped& victims);
   bool may_try_again(Clock::time_point deadline, const Round& round,

@@ -19,7 +19,7 @@ void Manager::evict_context(Context& context) {
   const Blocking blocking;
   Stopped stopped(*this, /*victims=*/true);
   const std::string refused = "context '" + context.name() + "' cannot be evicted: ";
-  const Clock::time_point deadline = Clock::now() + claim_timeout_;
+  Clock::time_point deadline = Clock::now() + claim_timeout_;
   bool is_counted = false;
   for (;;) {
     Round round(nullptr, stopped, deadline);
@@ -46,6 +46,7 @@ void Manager::evict_context(Context& context) {
     }
     const auto failure = carry_out(round);
     std::string why;
+    if (!failure) deadline = Clock::now() + claim_timeout_;
     if (failure && !may_try_again(deadline, round, failure, stopped, why)) {
       throw Error(failure->code(), refused + why);
     }
@@ -105,7 +106,9 @@ void Manager::declare_consumer(Context& producer, const std::shared_ptr<Context>
 }
 
 void Manager::join(const Context& context) {
-  if (!context.is_moving() || (device_->properties().can_hold && Step::is_under_way())) return;
+  const bool holds = device_->properties().can_hold;
+  if (!context.is_moving() || (holds && Step::is_under_way())) return;
+  if (device_->is_beside_capture()) return;
   const Blocking blocking;
   Lock lock(mutex_);
   wait_until_still(lock, context);

@@ -268,6 +268,7 @@ std::string Manager::host_memory_is_full() const {
 std::optional<Error> Manager::carry_out(Round& round) {
   const Clock::time_point start = Clock::now();
   std::optional<Error> failure;
+  std::optional<StreamId> restless;
   Manner manner{.patience = round.patience};
   try {
     {
@@ -293,7 +294,8 @@ std::optional<Error> Manager::carry_out(Round& round) {
     throw;
   }
   settle(round, static_cast<std::uint64_t>((Clock::now() - start).count()));
-  return failure;
+  if (!restless) return failure;
+  return Error(failure->code(), "waiting for " + whose(*restless) + ": " + failure->what());
 }
 
 void Manager::settle(Round& round, std::uint64_t nanoseconds) {

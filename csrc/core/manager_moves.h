@@ -77,6 +77,7 @@ struct Manager::Round {
   // Each way: enough to keep copies and mapping busy at the same time, and few enough that what is
   // freed is soon somebody else's.
   static constexpr std::size_t kMostPages = 16;
+  static constexpr std::chrono::nanoseconds kLeastPatience = std::chrono::milliseconds(1);
 
   std::vector<Page> pages;
   std::size_t outs = 0;
@@ -86,7 +87,8 @@ struct Manager::Round {
 
   Round(const Context* claimant, const Stopped& victims, Clock::time_point deadline)
       : claimant(claimant),
-        patience(std::min<std::chrono::nanoseconds>(victims.patience(), deadline - Clock::now())) {
+        patience(std::clamp<std::chrono::nanoseconds>(deadline - Clock::now(), kLeastPatience,
+                                                      victims.patience())) {
     pages.reserve(2 * kMostPages);
   }
   std::size_t outs_left() const { return kMostPages - outs; }

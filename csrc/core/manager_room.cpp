@@ -161,13 +161,24 @@ bool Manager::may_try_again(Clock::time_point deadline, const Round& round,
     victims.let_go();
   }
   std::this_thread::sleep_for(kLookAgain);
+  await_captures(deadline);
   return true;
 }
 
+// While nobody is stopped for it: who captures may wait for one of them. If they do not end in time
+// a move says so.
+void Manager::await_captures(Clock::time_point deadline) {
+  try {
+    device_->await_captures(std::max<std::chrono::nanoseconds>(deadline - Clock::now(), {}));
+  } catch (const Restless&) {
+  }
+}
+
 // Evicts others until the need is met; false with the reason if it cannot be.
-bool Manager::make_room(const Need& need, std::string& why) {
+bool Manager::make_room(Need need, std::string& why) {
   Stopped victims(*this, /*victims=*/true);
   for (;;) {
+    if (victims.count() == 0) await_captures(need.deadline);
     Round round(need.claimant, victims, need.deadline);
     bool is_chosen = false;
     {
@@ -188,6 +199,7 @@ bool Manager::make_room(const Need& need, std::string& why) {
       settle(round, 0);
     }
     const bool is_progress = !failure && !round.pages.empty() && !round.in_use;
+    if (is_progress) need.deadline = Clock::now() + claim_timeout_;
     if (!is_progress && is_chosen && !may_try_again(need.deadline, round, failure, victims, why))
       return false;
   }
@@ -314,6 +326,7 @@ void Manager::bring_back(Context& context) {
       settle(round, 0);
     }
     const bool is_progress = !is_chosen || (!failure && !round.pages.empty());
+    if (is_progress) need.deadline = Clock::now() + claim_timeout_;
     if (!is_progress && !may_try_again(need.deadline, round, failure, victims, why)) {
       const bool is_device = failure && failure->code() == ErrorCode::device;
       refuse_restore(context, why, is_device ? ErrorCode::device : ErrorCode::out_of_memory);

@@ -1,7 +1,6 @@
 #include "device/cuda_captures.h"
 
 #include <algorithm>
-#include <cstdint>
 #include <string>
 
 #include "device/device.h"
@@ -15,31 +14,46 @@ using namespace std::chrono_literals;
 constexpr auto kLongestHold = 10s;
 // How long a capture lets a hold go first that itself waits for captures.
 constexpr auto kPoliteness = 50ms;
-// From the announcement to the driver's beginning.
-constexpr auto kBeginning = 100ms;
+// From the announcement to the driver's beginning, with torch's locks in between.
+constexpr auto kBeginning = 2s;
 constexpr auto kLookAgain = 500us;
 
 }  // namespace
 
 void CudaCaptures::begin(CUstream stream) {
-  std::unique_lock lock(mutex_);
+  Lock lock(mutex_);
   const auto polite_until = Clock::now() + kPoliteness;
   changed_.wait_until(lock, polite_until, [this] { return keepers_ == 0 && waiting_ == 0; });
   if (!changed_.wait_for(lock, kLongestHold, [this] { return keepers_ == 0; })) {
     throw Error(ErrorCode::busy, "cuda: a capture cannot begin while memory is being moved");
   }
-  captures_.push_back({stream, std::this_thread::get_id(), Clock::now()});
+  captures_.push_back({stream, std::this_thread::get_id(), Clock::now(), mark(stream)});
 }
 
 void CudaCaptures::end(CUstream stream) {
   {
     const std::lock_guard lock(mutex_);
-    std::erase_if(captures_, [=](const Capture& capture) { return capture.stream == stream; });
+    for (Capture& capture : captures_) {
+      if (capture.stream == stream) capture.stream = nullptr;
+    }
+    forget_ended();
   }
   changed_.notify_all();
 }
 
+// Null if it has nothing to do.
+CUevent CudaCaptures::mark(CUstream stream) const {
+  CUevent event = nullptr;
+  if (driver_.cuStreamQuery_fn(stream) == CUDA_SUCCESS) return nullptr;
+  driver_.check(driver_.cuEventCreate_fn(&event, CU_EVENT_DISABLE_TIMING), "capture (event)");
+  const CUresult result = driver_.cuEventRecord_fn(event, stream);
+  if (result != CUDA_SUCCESS) driver_.cuEventDestroy_fn(event);
+  driver_.check(result, "capture (record)");
+  return event;
+}
+
 bool CudaCaptures::is_over(Capture& capture) const {
+  if (capture.stream == nullptr) return true;
   CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
   const CUresult result = driver_.cuStreamIsCapturing_fn(capture.stream, &status);
   const bool goes_on = result == CUDA_SUCCESS && status != CU_STREAM_CAPTURE_STATUS_NONE;
@@ -47,26 +61,56 @@ bool CudaCaptures::is_over(Capture& capture) const {
   return !goes_on && (capture.has_begun || Clock::now() - capture.announced_at > kBeginning);
 }
 
-CudaCaptures::KeptOut CudaCaptures::keep_out(Clock::time_point deadline) {
-  std::unique_lock lock(mutex_);
-  const auto is_others = [](const Capture& capture) {
-    return capture.thread != std::this_thread::get_id();
+void CudaCaptures::forget_ended() {
+  std::erase_if(captures_, [this](Capture& capture) {
+    if (!is_over(capture)) return false;
+    if (capture.before != nullptr) driver_.cuEventDestroy_fn(capture.before);
+    return true;
+  });
+}
+
+bool CudaCaptures::is_beside_locked() const {
+  const auto is_own = [](const Capture& capture) {
+    return capture.thread == std::this_thread::get_id();
   };
+  return is_beside_ || std::any_of(captures_.begin(), captures_.end(), is_own);
+}
+
+bool CudaCaptures::is_beside() const {
+  const std::lock_guard lock(mutex_);
+  return is_beside_locked();
+}
+
+void CudaCaptures::await(Lock& lock, Clock::time_point deadline) {
   for (;;) {
-    std::erase_if(captures_, [this](Capture& capture) { return is_over(capture); });
-    const auto other = std::find_if(captures_.begin(), captures_.end(), is_others);
-    if (other == captures_.end()) break;
+    forget_ended();
+    const bool is_beside = is_beside_locked();
+    const auto is_in_the_way = [&](const Capture& capture) {
+      return !is_beside || (capture.before != nullptr &&
+                            driver_.cuEventQuery_fn(capture.before) == CUDA_ERROR_NOT_READY);
+    };
+    const auto other = std::find_if(captures_.begin(), captures_.end(), is_in_the_way);
+    if (other == captures_.end()) return;
     if (Clock::now() >= deadline) {
-      throw Restless(reinterpret_cast<StreamId>(other->stream),
-                     "cuda: a graph is being captured on stream " +
-                         std::to_string(reinterpret_cast<std::uintptr_t>(other->stream)));
+      const auto id = reinterpret_cast<StreamId>(other->stream);
+      throw Restless(id, "cuda: stream " + std::to_string(id) + " is being captured into a graph");
     }
     ++waiting_;
     changed_.wait_for(lock, kLookAgain);
     --waiting_;
   }
+}
+
+CudaCaptures::KeptOut CudaCaptures::keep_out(Clock::time_point deadline) {
+  Lock lock(mutex_);
+  await(lock, deadline);
   ++keepers_;
   return {*this, !captures_.empty()};
+}
+
+void CudaCaptures::await(Clock::time_point deadline) {
+  Lock lock(mutex_);
+  await(lock, deadline);
 }
 
 void CudaCaptures::let_in() {

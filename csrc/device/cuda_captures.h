@@ -3,6 +3,7 @@
 //
 // A capture is known from just before it begins until it has ended. One that fails may never say
 // so; the driver is asked whether it still goes on. Captures that nobody announces are not known.
+// Work that is part of a capture, and cannot wait for its end, says so: see Beside.
 #pragma once
 
 #include <chrono>
@@ -19,7 +20,19 @@ class CudaCaptures {
  public:
   using Clock = std::chrono::steady_clock;
 
-  // That no capture begins. The thread that asked for it may be capturing itself.
+  // That the calling thread works for a capture: what it does meanwhile goes on beside captures.
+  class Beside {
+   public:
+    Beside() : before_(is_beside_) { is_beside_ = true; }
+    ~Beside() { is_beside_ = before_; }
+    Beside(const Beside&) = delete;
+    Beside& operator=(const Beside&) = delete;
+
+   private:
+    bool before_;
+  };
+
+  // That no capture begins.
   class KeptOut {
    public:
     ~KeptOut() { captures_.let_in(); }
@@ -43,26 +56,38 @@ class CudaCaptures {
   // ErrorCode::busy if that does not end.
   void begin(CUstream stream);
   void end(CUstream stream);
-  // Waits for the captures of other threads. Throws Restless.
+  // Waits for captures to end; beside one only for what its stream was given before. Throws
+  // Restless.
   KeptOut keep_out(Clock::time_point deadline);
+  // The same without keeping new ones out.
+  void await(Clock::time_point deadline);
+  // Whether the calling thread is, or works for, a capture.
+  bool is_beside() const;
 
  private:
   struct Capture {
     CUstream stream = nullptr;
     std::thread::id thread;
     Clock::time_point announced_at;
+    CUevent before = nullptr;  // what its stream had been given then
     bool has_begun = false;
   };
+  using Lock = std::unique_lock<std::mutex>;
 
   void let_in();
+  void await(Lock& lock, Clock::time_point deadline);
+  void forget_ended();
   bool is_over(Capture& capture) const;
+  bool is_beside_locked() const;
+  CUevent mark(CUstream stream) const;
 
   const CudaDriver& driver_;
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::vector<Capture> captures_;
   std::size_t keepers_ = 0;
   std::size_t waiting_ = 0;  // to become one
+  static inline thread_local bool is_beside_ = false;
 };
 
 }  // namespace pgk

@@ -204,7 +204,7 @@ std::vector<CudaHold::Stream> CudaDevice::streams_to_hold(const Manner& manner) 
   const std::vector<StreamId> known = known_.all();
   std::vector<CudaHold::Stream> streams;
   streams.reserve(known.size());
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(streams_mutex_);
   for (const StreamId stream : known) {
     const auto own = streams_.find(stream);
     const bool matters =
@@ -216,7 +216,13 @@ std::vector<CudaHold::Stream> CudaDevice::streams_to_hold(const Manner& manner) 
 }
 
 void CudaDevice::begin_capture(StreamId stream) {
+  const Scope scope(*this);
   captures_.begin(handle_of(stream));
+}
+
+void CudaDevice::await_captures(std::chrono::nanoseconds patience) {
+  const Scope scope(*this);
+  captures_.await(CudaCaptures::Clock::now() + patience);
 }
 
 // Streams and events ---------------------------------------------------------------------------
@@ -230,7 +236,7 @@ CUstream CudaDevice::find(StreamId stream) const {
   // No handle points into the first page.
   bool known = stream >= 4096 || stream == kDefaultStream;
   {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(streams_mutex_);
     const auto it = streams_.find(stream);
     if (it != streams_.end()) known = it->second.in_use;
   }
@@ -242,13 +248,16 @@ CUstream CudaDevice::find(StreamId stream) const {
 }
 
 StreamId CudaDevice::do_create_stream(int priority, ProcessorSet processors) {
-  const Scope scope(*this);
-  const std::lock_guard lock(mutex_);
-  for (auto& [id, stream] : streams_) {
-    if (stream.in_use || stream.priority != priority || stream.processors != processors) continue;
-    stream.in_use = true;
-    return id;
+  {
+    const std::lock_guard lock(streams_mutex_);
+    for (auto& [id, stream] : streams_) {
+      if (stream.in_use || stream.priority != priority || stream.processors != processors) continue;
+      stream.in_use = true;
+      return id;
+    }
   }
+  const Scope scope(*this);
+  const std::lock_guard creating(mutex_);
   CUstream handle = nullptr;
   if (processors == 0) {
     driver_.check(driver_.cuStreamCreateWithPriority_fn(&handle, CU_STREAM_NON_BLOCKING, priority),
@@ -256,6 +265,7 @@ StreamId CudaDevice::do_create_stream(int priority, ProcessorSet processors) {
   } else {
     handle = processors_.create_stream(processors, priority);
   }
+  const std::lock_guard lock(streams_mutex_);
   streams_.emplace(id_of(handle), Stream{priority, processors, true});
   return id_of(handle);
 }
@@ -269,7 +279,7 @@ void CudaDevice::do_destroy_stream(StreamId stream) {
                 properties_.name + ": stream " + std::to_string(stream) + " has unfinished work");
   }
   driver_.check(result, "destroy_stream");
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(streams_mutex_);
   const auto it = streams_.find(stream);
   if (it == streams_.end()) {
     throw Error(ErrorCode::invalid_value,

@@ -51,6 +51,9 @@ class CudaDevice final : public Device, public std::enable_shared_from_this<Cuda
   // may block; throws ErrorCode::busy if it was in vain.
   void begin_capture(StreamId stream);
   void end_capture(StreamId stream) { captures_.end(handle_of(stream)); }
+  using BesideCapture = CudaCaptures::Beside;
+  void await_captures(std::chrono::nanoseconds patience) override;
+  bool is_beside_capture() override { return captures_.is_beside(); }
   // Whether it is the calling thread's current device. Cheaper than to ask which one is.
   bool is_current() const {
     CUcontext current = nullptr;
@@ -108,6 +111,8 @@ class CudaDevice final : public Device, public std::enable_shared_from_this<Cuda
 
   mutable std::mutex mutex_;
   std::size_t created_bytes_ = 0;
+  // Held over nothing: it may be taken while streams are held.
+  mutable std::mutex streams_mutex_;
   std::unordered_map<StreamId, Stream> streams_;  // ours
 };
 

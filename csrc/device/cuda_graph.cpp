@@ -7,15 +7,6 @@
 namespace pgk {
 namespace {
 
-CUstreamBatchMemOpParams write_operation(CUdeviceptr flag, std::uint32_t value) {
-  CUstreamBatchMemOpParams operation{};
-  operation.writeValue.operation = CU_STREAM_MEM_OP_WRITE_VALUE_32;
-  operation.writeValue.address = flag;
-  operation.writeValue.value = value;
-  operation.writeValue.flags = CU_STREAM_WRITE_VALUE_DEFAULT;
-  return operation;
-}
-
 std::vector<CUgraphNode> existing(CudaGraph::Nodes nodes) {
   std::vector<CUgraphNode> result;
   for (CUgraphNode node : nodes) {
@@ -26,6 +17,15 @@ std::vector<CUgraphNode> existing(CudaGraph::Nodes nodes) {
 }
 
 }  // namespace
+
+CUstreamBatchMemOpParams write_operation(CUdeviceptr flag, std::uint32_t value) {
+  CUstreamBatchMemOpParams operation{};
+  operation.writeValue.operation = CU_STREAM_MEM_OP_WRITE_VALUE_32;
+  operation.writeValue.address = flag;
+  operation.writeValue.value = value;
+  operation.writeValue.flags = CU_STREAM_WRITE_VALUE_DEFAULT;
+  return operation;
+}
 
 std::array<CUstreamBatchMemOpParams, 2> stop_operations(CUdeviceptr flag, CUdeviceptr gate,
                                                         std::uint32_t value) {

@@ -13,6 +13,8 @@
 
 namespace pgk {
 
+// Writes `value` to `flag`.
+CUstreamBatchMemOpParams write_operation(CUdeviceptr flag, std::uint32_t value);
 // Two operations of a stream: to write `value` to `flag`, and to wait until `gate` has reached it.
 std::array<CUstreamBatchMemOpParams, 2> stop_operations(CUdeviceptr flag, CUdeviceptr gate,
                                                         std::uint32_t value);

@@ -17,6 +17,9 @@ using namespace std::chrono_literals;
 // From the first stop to the last flag: with what comes then no more than a guaranteed request
 // should feel.
 constexpr auto kLongestStop = 1500us;
+// The same of streams that matter less, once they have done what they had to: it may be that much
+// again.
+constexpr auto kLongestPatientStop = 60ms;
 constexpr auto kYielding = 200us;
 // A page takes some milliseconds at most. Longer only if a hardware queue is blocked, which will
 // not change.
@@ -27,45 +30,16 @@ constexpr auto kUntilAsked = 50ms;
 constexpr const char* kRestless = "did not come to rest";
 constexpr const char* kSlow = "the device was slow";
 
+// A stream that has been destroyed has nothing to do.
+bool is_gone(CUresult result) {
+  return result == CUDA_ERROR_INVALID_HANDLE || result == CUDA_ERROR_CONTEXT_IS_DESTROYED;
+}
+
 StreamId id_of(CUstream stream) {
   return reinterpret_cast<StreamId>(stream);
 }
 
 }  // namespace
-
-// Watchdog -------------------------------------------------------------------------------------
-
-bool CudaWatchdog::watch_for(std::chrono::nanoseconds time) {
-  {
-    const std::lock_guard lock(mutex_);
-    deadline_ = Clock::now() + time;
-    if (!is_started_) Waiters::wait_for([self = shared_from_this()] { self->watch(); });
-    is_started_ = true;
-  }
-  changed_.notify_one();
-  return !has_opened();
-}
-
-bool CudaWatchdog::stop() {
-  {
-    const std::lock_guard lock(mutex_);
-    watching_ = false;
-  }
-  changed_.notify_one();
-  return !has_opened();
-}
-
-void CudaWatchdog::watch() {
-  std::unique_lock lock(mutex_);
-  while (watching_) {
-    if (Clock::now() >= deadline_) {
-      opened_.store(true, std::memory_order_release);
-      flags_.open(number_);
-      return;
-    }
-    changed_.wait_until(lock, deadline_);
-  }
-}
 
 // What holds need ------------------------------------------------------------------------------
 
@@ -76,18 +50,25 @@ CudaHolds::CudaHolds(const CudaDriver& driver, CUcontext context)
                 "flags", sizeof(CudaFlags));
   std::memset(memory, 0, sizeof(CudaFlags));
   flags_ = static_cast<CudaFlags*>(memory);
-  CUresult result = driver_.cuStreamCreateWithPriority_fn(&stream_, CU_STREAM_NON_BLOCKING, 0);
-  if (result == CUDA_SUCCESS) {
-    result = driver_.cuEventCreate_fn(&event_, CU_EVENT_DISABLE_TIMING);
-    if (result != CUDA_SUCCESS) driver_.cuStreamDestroy_fn(stream_);
+  CUresult result = CUDA_SUCCESS;
+  for (CUstream& stream : streams_) {
+    if (result != CUDA_SUCCESS) break;
+    result = driver_.cuStreamCreateWithPriority_fn(&stream, CU_STREAM_NON_BLOCKING, 0);
   }
-  if (result != CUDA_SUCCESS) driver_.cuMemFreeHost_fn(flags_);
+  if (result == CUDA_SUCCESS) result = driver_.cuEventCreate_fn(&event_, CU_EVENT_DISABLE_TIMING);
+  if (result != CUDA_SUCCESS) release();
   driver_.check(result, "create_stream");
 }
 
 CudaHolds::~CudaHolds() {
-  driver_.cuEventDestroy_fn(event_);
-  driver_.cuStreamDestroy_fn(stream_);
+  release();
+}
+
+void CudaHolds::release() {
+  if (event_ != nullptr) driver_.cuEventDestroy_fn(event_);
+  for (CUstream stream : streams_) {
+    if (stream != nullptr) driver_.cuStreamDestroy_fn(stream);
+  }
   driver_.cuMemFreeHost_fn(flags_);
 }
 
@@ -139,82 +120,123 @@ void CudaHold::note_active(const Streams& streams, std::vector<CUstream>& active
 }
 
 void CudaHold::take(CUgraphExec graph, const Terms& terms) {
-  const CudaDriver& driver = holds_.driver_;
-  watchdog_ = std::make_shared<CudaWatchdog>(holds_.flags(), number_);
-  std::vector<Stop> stopped = stop_patient(terms);
-  const std::vector<CUstream> others = others_to_stop(terms, stopped.size());
-
-  const CUstream first = others.empty() ? nullptr : others.front();
-  // Where there is but one hardware queue, everybody would wait behind the graph.
-  const bool is_early = holds_.most_stops() > 0;
-  if (!is_early) await_lull(others, terms.lull);
-  watch_for(terms.lull + kLongestStop, first);
-  // Ahead of stops: in a hardware queue it must not come behind one.
-  driver.check(driver.cuGraphLaunch_fn(graph, holds_.stream_), "move (launch)");
-  launched_ = true;
-  driver.check(driver.cuEventRecord_fn(holds_.event_, holds_.stream_), "move (record)");
-  if (is_early) await_lull(others, terms.lull);
-  start_ = Clock::now();
-  watch_for(kLongestStop, first);
-  const std::vector<Stop> more = stop(others);
-  stopped.insert(stopped.end(), more.begin(), more.end());
-  if (terms.way == Way::context) {
-    const CUresult result = driver.cuCtxWaitEvent_fn(holds_.context_, holds_.event_);
-    if (result == CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED) {
-      give_up(nullptr, "a graph is being captured that nobody announced");
+  try {
+    if (terms.way == Way::streams) {
+      stop_each(graph, terms);
+    } else {
+      hold_all(graph, terms);
     }
-    driver.check(result, "move (hold)");
-    await_rest(terms.streams, stopped);
-  } else {
-    await_stops(stopped);
+    CudaFlags::raise(holds_.flags().go, number_);
+    while (!CudaFlags::holds(holds_.flags().started, number_)) {
+      if (watchdog_->has_opened()) give_up(nullptr, kSlow);
+      std::this_thread::yield();
+    }
+    if (!watchdog_->stop()) give_up(nullptr, kSlow);
+  } catch (const Restless&) {
+    // It may be that somebody shares a hardware queue with our stream.
+    holds_.change_stream();
+    throw;
   }
-  CudaFlags::raise(holds_.flags().go, number_);
-  while (!CudaFlags::holds(holds_.flags().started, number_)) {
-    if (watchdog_->has_opened()) give_up(nullptr, kSlow);
-    std::this_thread::yield();
-  }
-  if (!watchdog_->stop()) give_up(nullptr, kSlow);
   renew();
 }
 
-// What they have queued may take its time, and nobody else is kept from going on meanwhile.
-std::vector<CudaHold::Stop> CudaHold::stop_patient(const Terms& terms) {
-  if (terms.way == Way::streams) return {};
-  std::vector<CUstream> patient = active(terms, /*patient_ones=*/true);
+void CudaHold::hold_all(CUgraphExec graph, const Terms& terms) {
+  const std::vector<CUstream> patient = active(terms, /*patient_ones=*/true);
+  std::vector<CUstream> others = active(terms, /*patient_ones=*/false);
+  await_backlog(patient, terms.patience);
+  probe();
+
+  const std::size_t most = holds_.most_stops();
   // Whoever stands still for long must not take all hardware queues.
-  patient.resize(std::min(patient.size(), holds_.most_stops() / 2));
-  if (patient.empty()) return {};
-  watch_for(terms.patience, patient.front());
-  std::vector<Stop> stopped = stop(patient);
-  await_stops(stopped);
-  return stopped;
+  const auto beyond = patient.begin() + std::min(patient.size(), most / 2);
+  watchdog_ = std::make_shared<CudaWatchdog>(holds_.flags(), number_);
+  std::vector<Stop> stopped;
+  if (beyond != patient.begin()) {
+    watch_for(kLongestPatientStop, patient.front());
+    stopped = stop({patient.begin(), beyond});
+    await_stops(stopped);
+  }
+  others.insert(others.end(), beyond, patient.end());
+  // Where there is but one hardware queue, everybody would wait behind the graph.
+  const bool is_early = most > 0;
+  if (!is_early) await_lull(others, terms.lull);
+  watch_for(terms.lull + kLongestStop, nullptr);
+  launch(graph);
+  if (is_early) await_lull(others, terms.lull);
+  start_ = Clock::now();
+  watch_for(kLongestStop, nullptr);
+  others.resize(std::min(others.size(), most - stopped.size()));
+  const std::vector<Stop> more = stop(others);
+  stopped.insert(stopped.end(), more.begin(), more.end());
+  const CUresult result = holds_.driver_.cuCtxWaitEvent_fn(holds_.context_, holds_.event_);
+  if (result == CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED) {
+    give_up(nullptr, "a graph is being captured that nobody announced");
+  }
+  holds_.driver_.check(result, "move (hold)");
+  await_rest(terms.streams, stopped);
 }
 
-std::vector<CUstream> CudaHold::others_to_stop(const Terms& terms, std::size_t stopped) const {
-  const std::size_t most = holds_.most_stops() - std::min(holds_.most_stops(), stopped);
-  std::vector<CUstream> others;
-  if (terms.way == Way::streams) {
+// Streams are held one by one: all of them, since nothing else keeps idle ones from going on.
+void CudaHold::stop_each(CUgraphExec graph, const Terms& terms) {
+  const auto running = [&] {
+    std::vector<CUstream> streams;
     for (const Stream& stream : terms.streams()) {
       // What is captured does not run.
-      if (!is_capturing(stream.handle)) others.push_back(stream.handle);
+      if (!is_capturing(stream.handle)) streams.push_back(stream.handle);
     }
+    return streams;
+  };
+  const std::vector<CUstream> streams = running();
+  if (streams.size() > holds_.most_stops()) {
     // Each would block a hardware queue until none is left, and ours with them.
-    if (others.size() > most)
-      give_up(others.front(), "is one of more than can be stopped at a time");
-    return others;
+    give_up(streams.front(), "is one of more than can be stopped at a time");
   }
-  others = active(terms, /*patient_ones=*/false);
-  others.resize(std::min(others.size(), most));
-  return others;
+  await_backlog(streams, terms.patience);
+  probe();
+  watchdog_ = std::make_shared<CudaWatchdog>(holds_.flags(), number_);
+  start_ = Clock::now();
+  watch_for(kLongestStop, nullptr);
+  launch(graph);
+  await_stops(stop(streams));
+  // One that has come to be known meanwhile is not stopped.
+  if (running().size() > streams.size()) give_up(nullptr, "another stream came to be known");
 }
 
-// The best moment to stop them is when they have just come to rest.
-void CudaHold::await_lull(const std::vector<CUstream>& streams, std::chrono::nanoseconds lull) {
-  const auto until = Clock::now() + lull;
-  const auto are_idle = [&] {
-    return std::all_of(streams.begin(), streams.end(), [this](CUstream s) { return is_idle(s); });
-  };
-  while (!are_idle() && Clock::now() < until) std::this_thread::yield();
+// Until they have done what they hold now.
+void CudaHold::await_backlog(const std::vector<CUstream>& streams,
+                             std::chrono::nanoseconds patience) const {
+  const CudaDriver& driver = holds_.driver_;
+  const auto deadline = Clock::now() + patience;
+  for (CUstream stream : streams) {
+    if (is_idle(stream)) continue;
+    driver.check(driver.cuEventRecord_fn(holds_.event_, stream), "move (record)");
+    for (;;) {
+      const CUresult result = driver.cuEventQuery_fn(holds_.event_);
+      if (result == CUDA_SUCCESS) break;
+      if (result != CUDA_ERROR_NOT_READY) driver.check(result, "move (query)");
+      if (Clock::now() >= deadline) give_up(stream, kRestless);
+      std::this_thread::sleep_for(20us);
+    }
+  }
+}
+
+// Whether what is launched on our stream would run. To wait for it later might be for ever.
+void CudaHold::probe() {
+  auto write = write_operation(CudaFlags::address_of(holds_.flags().probed), number_);
+  holds_.driver_.check(holds_.driver_.cuStreamBatchMemOp_fn(stream_, 1, &write, 0), "move (probe)");
+  const auto deadline = Clock::now() + kLongestStop;
+  while (!CudaFlags::holds(holds_.flags().probed, number_)) {
+    if (Clock::now() >= deadline) give_up(nullptr, kSlow);
+    std::this_thread::yield();
+  }
+}
+
+// Ahead of most stops: in a hardware queue it must not come behind one.
+void CudaHold::launch(CUgraphExec graph) {
+  const CudaDriver& driver = holds_.driver_;
+  driver.check(driver.cuGraphLaunch_fn(graph, stream_), "move (launch)");
+  launched_ = true;
+  driver.check(driver.cuEventRecord_fn(holds_.event_, stream_), "move (record)");
 }
 
 void CudaHold::watch_for(std::chrono::nanoseconds time, CUstream for_whom) {
@@ -226,8 +248,9 @@ std::vector<CUstream> CudaHold::active(const Terms& terms, bool patient_ones) co
   std::vector<CUstream> result;
   for (const Stream& stream : terms.streams()) {
     if (stream.is_patient != patient_ones) continue;
+    const bool is_at_work = !is_idle(stream.handle);
     const auto known = std::find(terms.active.begin(), terms.active.end(), stream.handle);
-    if (known != terms.active.end() || !is_idle(stream.handle)) result.push_back(stream.handle);
+    if (is_at_work || known != terms.active.end()) result.push_back(stream.handle);
   }
   return result;
 }
@@ -243,11 +266,8 @@ bool CudaHold::is_idle(CUstream stream) const {
   // To ask one that is captured would break the capture.
   if (is_capturing(stream)) give_up(stream, "is being captured");
   const CUresult result = holds_.driver_.cuStreamQuery_fn(stream);
-  // One that has been destroyed has nothing to do.
   if (result == CUDA_ERROR_NOT_READY) return false;
-  if (result != CUDA_ERROR_INVALID_HANDLE && result != CUDA_ERROR_CONTEXT_IS_DESTROYED) {
-    holds_.driver_.check(result, "move (query)");
-  }
+  if (!is_gone(result)) holds_.driver_.check(result, "move (query)");
   return true;
 }
 
@@ -258,8 +278,10 @@ std::vector<CudaHold::Stop> CudaHold::stop(const std::vector<CUstream>& streams)
   for (std::size_t i = 0; i < streams.size(); ++i) {
     auto operations = stop_operations(CudaFlags::address_of(flags[i]),
                                       CudaFlags::address_of(holds_.flags().gate), number_);
-    driver.check(driver.cuStreamBatchMemOp_fn(streams[i], operations.size(), operations.data(), 0),
-                 "move (stop)");
+    const CUresult result =
+        driver.cuStreamBatchMemOp_fn(streams[i], operations.size(), operations.data(), 0);
+    if (is_gone(result)) continue;
+    driver.check(result, "move (stop)");
     stops.push_back({streams[i], &flags[i]});
   }
   return stops;
@@ -310,6 +332,7 @@ void CudaHold::pause() {
   if (has_failed()) holds_.driver_.check(*failure_, "move");
   ask_device();
   if (waited > kNothingComes) {
+    holds_.change_stream();
     throw Error(ErrorCode::busy, "cuda: streams were held, and the move did not get on");
   }
 }
@@ -325,16 +348,16 @@ void CudaHold::ask_device() {
   if (is_asking || now - std::max(since_, asked_at_) < kUntilAsked) return;
   asked_at_ = now;
   failure_ = std::make_shared<std::atomic<CUresult>>(CUDA_SUCCESS);
-  Waiters::wait_for([driver = &holds_.driver_, context = holds_.context_, stream = holds_.stream_,
-                     failure = failure_] {
-    try {
-      const CudaScope scope(*driver, context);
-      const CUresult result = driver->cuStreamQuery_fn(stream);
-      if (result != CUDA_SUCCESS && result != CUDA_ERROR_NOT_READY) *failure = result;
-    } catch (const Error&) {
-      *failure = CUDA_ERROR_UNKNOWN;
-    }
-  });
+  Waiters::wait_for(
+      [driver = &holds_.driver_, context = holds_.context_, stream = stream_, failure = failure_] {
+        try {
+          const CudaScope scope(*driver, context);
+          const CUresult result = driver->cuStreamQuery_fn(stream);
+          if (result != CUDA_SUCCESS && result != CUDA_ERROR_NOT_READY) *failure = result;
+        } catch (const Error&) {
+          *failure = CUDA_ERROR_UNKNOWN;
+        }
+      });
 }
 
 void CudaHold::give_up(CUstream stream, const char* why) {

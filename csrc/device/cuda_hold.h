@@ -21,83 +21,19 @@
 #include <array>
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <span>
 #include <vector>
 
 #include "device/cuda_driver.h"
+#include "device/cuda_flags.h"
 #include "device/cuda_pace.h"
+#include "device/cuda_watchdog.h"
 #include "device/device.h"
 
 namespace pgk {
-
-// What the CPU and the device tell each other. It lies in pinned memory, which has the same address
-// for both. Flags hold the number of the last hold that wrote them.
-struct CudaFlags {
-  static constexpr std::size_t kLanes = 3;
-  static constexpr std::size_t kPages = 16;  // of a lane
-  static constexpr std::size_t kStops = 1024;
-
-  alignas(64) std::uint32_t go;
-  std::uint32_t gate;
-  alignas(64) std::uint32_t started;  // the graph has seen `go`
-  std::uint32_t finished;             // nothing of it runs any more
-  std::array<std::array<std::uint32_t, kPages>, kLanes> ready;
-  alignas(64) std::array<std::array<Fingerprint, kPages>, kLanes> contents;
-  alignas(64) std::array<Fingerprint, kPages> staged;  // what was copied ahead of a hold
-  // Of streams, used in turn: a flag may be written long after the hold it was for was given up.
-  alignas(64) std::array<std::uint32_t, kStops> stopped;
-
-  template <typename T>
-  static CUdeviceptr address_of(const T& member) {
-    return reinterpret_cast<CUdeviceptr>(&member);
-  }
-  static bool holds(std::uint32_t& flag, std::uint32_t number) {
-    return std::atomic_ref(flag).load(std::memory_order_acquire) == number;
-  }
-  // Whoever comes late with an older number changes nothing.
-  static void raise(std::uint32_t& flag, std::uint32_t number) {
-    std::atomic_ref atomic(flag);
-    std::uint32_t before = atomic.load(std::memory_order_relaxed);
-    while (before < number &&
-           !atomic.compare_exchange_weak(before, number, std::memory_order_release)) {
-    }
-  }
-  void open(std::uint32_t number) {
-    raise(go, number);
-    raise(gate, number);
-  }
-};
-
-// Opens a hold if streams are not at rest in time, from a thread of its own.
-class CudaWatchdog : public std::enable_shared_from_this<CudaWatchdog> {
- public:
-  CudaWatchdog(CudaFlags& flags, std::uint32_t number) : flags_(flags), number_(number) {}
-
-  // From the first call on, and anew with each. False if it has opened the hold.
-  bool watch_for(std::chrono::nanoseconds time);
-  bool has_opened() const { return opened_.load(std::memory_order_acquire); }
-  // From then on it looks at nothing. False if it has opened the hold.
-  bool stop();
-
- private:
-  using Clock = std::chrono::steady_clock;
-
-  void watch();
-
-  CudaFlags& flags_;
-  const std::uint32_t number_;
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  Clock::time_point deadline_;
-  bool is_started_ = false;
-  bool watching_ = true;
-  std::atomic<bool> opened_{false};
-};
 
 // What the holds of a device need. The device's context must be current.
 class CudaHolds {
@@ -112,7 +48,9 @@ class CudaHolds {
   CudaPace& pace() { return pace_; }
   CudaFlags& flags() { return *flags_; }
   // Of ours; idle outside of holds.
-  CUstream stream() const { return stream_; }
+  CUstream stream() const { return streams_[turn_ % kStreams]; }
+  // From now on another one: its hardware queue may be blocked by somebody.
+  void change_stream() { ++turn_; }
   // The number of the next hold. Starts at 1: flags are 0 before the first.
   std::uint32_t next_number() { return ++number_; }
   // Whether the driver can hold all streams at once.
@@ -125,11 +63,14 @@ class CudaHolds {
  private:
   friend class CudaHold;
   std::span<std::uint32_t> take_stops(std::size_t count);
+  void release();
 
   const CudaDriver& driver_;
   CUcontext context_;
   CudaFlags* flags_ = nullptr;
-  CUstream stream_ = nullptr;
+  static constexpr std::size_t kStreams = 4;
+  std::array<CUstream, kStreams> streams_{};
+  std::size_t turn_ = 0;
   CUevent event_ = nullptr;
   CudaPace pace_;
   std::uint32_t number_ = 0;
@@ -162,9 +103,9 @@ class CudaHold {
   struct Terms {
     const Streams& streams;
     Way way = Way::context;
-    // How long patient streams may take to come to rest, before any other is kept from going on.
+    // How long patient streams may take to do what they hold, while nobody is kept from going on.
     std::chrono::nanoseconds patience{};
-    // How long others are watched for the moment in which all of them are idle.
+    // How long those that are not stopped yet are watched for the moment in which all are idle.
     std::chrono::nanoseconds lull{};
     // Those that may be given more work at any moment, whether or not they are idle now.
     const std::vector<CUstream>& active;
@@ -186,8 +127,11 @@ class CudaHold {
   };
 
   std::vector<Stop> stop(const std::vector<CUstream>& streams);
-  std::vector<Stop> stop_patient(const Terms& terms);
-  std::vector<CUstream> others_to_stop(const Terms& terms, std::size_t stopped) const;
+  void await_backlog(const std::vector<CUstream>& streams, std::chrono::nanoseconds patience) const;
+  void probe();
+  void launch(CUgraphExec graph);
+  void hold_all(CUgraphExec graph, const Terms& terms);
+  void stop_each(CUgraphExec graph, const Terms& terms);
   std::vector<CUstream> active(const Terms& terms, bool patient_ones) const;
   void await_lull(const std::vector<CUstream>& streams, std::chrono::nanoseconds lull);
   bool is_capturing(CUstream stream) const;
@@ -201,6 +145,7 @@ class CudaHold {
 
   CudaHolds& holds_;
   std::uint32_t number_;
+  CUstream stream_ = holds_.stream();
   bool launched_ = false;
   std::shared_ptr<CudaWatchdog> watchdog_;  // null until streams are kept from going on
   Clock::time_point start_{};  // when the first stream was kept from going on, patient ones apart

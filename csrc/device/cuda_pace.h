@@ -12,8 +12,7 @@ class CudaPace {
   using Clock = std::chrono::steady_clock;
 
   // When a hold that takes as long as the last one may begin.
-  Clock::time_point next(Clock::time_point now) {
-    while (!holds_.empty() && now - holds_.front().end >= kWindow) holds_.pop_front();
+  Clock::time_point next(Clock::time_point now) const {
     Clock::duration left = kMost - std::min(last_, kMost);
     // Of the latest ones, as many as leave room for another one may lie in the window.
     for (auto hold = holds_.rbegin(); hold != holds_.rend(); ++hold) {
@@ -24,6 +23,7 @@ class CudaPace {
     return now;
   }
   void add(Clock::time_point start, Clock::time_point end) {
+    while (!holds_.empty() && end - holds_.front().end >= kWindow) holds_.pop_front();
     holds_.push_back({start, end});
     last_ = end - start;
   }

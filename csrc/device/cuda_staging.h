@@ -18,7 +18,7 @@
 
 #include "device/cuda_driver.h"
 #include "device/cuda_fingerprint.h"
-#include "device/cuda_hold.h"
+#include "device/cuda_flags.h"
 #include "device/cuda_mappings.h"
 #include "device/device.h"
 

@@ -176,6 +176,11 @@ class Device {
   // nothing of the device. If the work before the event fails it may never be called: is_done()
   // tells.
   void notify(EventId event, Alarm alarm);
+  // Waits for captures to end, which moves keep away from. Throws Restless.
+  virtual void await_captures(std::chrono::nanoseconds /*patience*/) {}
+  // Whether the calling thread captures, or works for a capture: then it must not wait for a move
+  // that waits for captures.
+  virtual bool is_beside_capture() { return false; }
   virtual bool is_done(EventId event) = 0;
   // Whether all work submitted to the stream so far is done. Not for a stream that is captured; one
   // that was destroyed may be asked about.

@@ -118,8 +118,10 @@ void HostTimeline::drain(const std::vector<StreamId>& streams, std::chrono::nano
     throw Restless(stream, "host: stream " + std::to_string(stream) + why);
   };
   for (const StreamId stream : streams) {
-    const auto is_capturing = [&] { return !is_gone(stream) && find(stream).capturing; };
-    const auto is_over = [&] { return !is_capturing(); };
+    const auto is_over = [&] {
+      const auto known = streams_.find(stream);
+      return known == streams_.end() || !known->second.capturing;
+    };
     if (!progress_.wait_until(lock, deadline, is_over)) refuse(stream, " is being captured");
     const auto known = streams_.find(stream);
     const bool is_idle = known == streams_.end() || known->second.pending.empty();

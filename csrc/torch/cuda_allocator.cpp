@@ -3,6 +3,7 @@
 #include <c10/cuda/CUDAFunctions.h>
 
 #include <array>
+#include <optional>
 #include <tuple>
 #include <utility>
 
@@ -321,6 +322,9 @@ class CudaAllocator final : public CudaForwarder {
       if (!provider && (!manager || !manager->give_way(bytes))) throw;
     }
     if (!provider) return request();
+    // What a capture needs cannot wait for its end, whichever thread asks.
+    std::optional<CudaDevice::BesideCapture> beside;
+    if (provider->device().is_capturing(stream)) beside.emplace();
     // The provider does not wait under native's lock. This does, and leaves what it got for it.
     const std::size_t segment = segment_bytes_for(bytes);
     try {

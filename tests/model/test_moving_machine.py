@@ -34,7 +34,7 @@ R = TypeVar("R")
 PROGRAMS = int(os.environ.get("MOVING_PROGRAMS", "100"))
 STEPS = int(os.environ.get("MOVING_STEPS", "50"))
 SOON = 0.003  # seconds until streams are let go; well below the claim_timeout
-PATIENCE = 0.3  # seconds; for what waits for a held stream without a limit
+PATIENCE = 0.5  # seconds; for what waits for a held stream without a limit
 SIDE_STREAMS = 3
 BUDGETS = st.integers(1, 6).map(lambda n: n * 4 * MB)  # halves are whole pages
 
@@ -80,7 +80,7 @@ class MovingMachine(ManagerMachine):
     producer's pages while a declared consumer is in a session.
     """
 
-    claim_timeout = 0.05
+    claim_timeout = 0.1
 
     def __init__(self) -> None:
         super().__init__()
