@@ -220,6 +220,15 @@ void CudaHold::await_backlog(const std::vector<CUstream>& streams,
   }
 }
 
+// The best moment to stop them is when they have just come to rest.
+void CudaHold::await_lull(const std::vector<CUstream>& streams, std::chrono::nanoseconds lull) {
+  const auto until = Clock::now() + lull;
+  const auto are_idle = [&] {
+    return std::all_of(streams.begin(), streams.end(), [this](CUstream s) { return is_idle(s); });
+  };
+  while (!are_idle() && Clock::now() < until) std::this_thread::yield();
+}
+
 // Whether what is launched on our stream would run. To wait for it later might be for ever.
 void CudaHold::probe() {
   auto write = write_operation(CudaFlags::address_of(holds_.flags().probed), number_);
