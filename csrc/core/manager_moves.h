@@ -32,7 +32,7 @@ class Manager::Stopped {
   // How long they may stay stopped for streams to come to rest, at a time; longer after each time
   // that it was in vain. A stream may wait for a thread, and that for one of them.
   std::chrono::nanoseconds patience() const { return patience_; }
-  void be_more_patient() { patience_ = std::min(2 * patience_, kMostPatience); }
+  void be_more_patient() { patience_ *= 2; }
   // Until the end of this object nobody enters it anew once it is idle.
   void have_yield(Context& context);
 
@@ -47,8 +47,7 @@ class Manager::Stopped {
 
   Manager& manager_;
   const bool victims_;
-  static constexpr std::chrono::nanoseconds kMostPatience = std::chrono::milliseconds(800);
-  std::chrono::nanoseconds patience_ = kMostPatience / 8;
+  std::chrono::nanoseconds patience_ = std::chrono::milliseconds(100);
   std::vector<Entry> contexts_;
   std::vector<std::shared_ptr<Context>> yielding_;
 };
@@ -87,8 +86,9 @@ struct Manager::Round {
 
   Round(const Context* claimant, const Stopped& victims, Clock::time_point deadline)
       : claimant(claimant),
-        patience(std::clamp<std::chrono::nanoseconds>(deadline - Clock::now(), kLeastPatience,
-                                                      victims.patience())) {
+        patience(std::max<std::chrono::nanoseconds>(
+            std::min<std::chrono::nanoseconds>(victims.patience(), deadline - Clock::now()),
+            kLeastPatience)) {
     pages.reserve(2 * kMostPages);
   }
   std::size_t outs_left() const { return kMostPages - outs; }

@@ -18,8 +18,9 @@ using namespace std::chrono_literals;
 // should feel.
 constexpr auto kLongestStop = 1500us;
 // The same of streams that matter less, once they have done what they had to: it may be that much
-// again.
-constexpr auto kLongestPatientStop = 60ms;
+// again, a kernel takes long that reads host memory.
+constexpr std::chrono::nanoseconds kPatientStop = 60ms;
+constexpr int kPartOfPatience = 2;
 constexpr auto kYielding = 200us;
 // A page takes some milliseconds at most. Longer only if a hardware queue is blocked, which will
 // not change.
@@ -152,7 +153,7 @@ void CudaHold::hold_all(CUgraphExec graph, const Terms& terms) {
   watchdog_ = std::make_shared<CudaWatchdog>(holds_.flags(), number_);
   std::vector<Stop> stopped;
   if (beyond != patient.begin()) {
-    watch_for(kLongestPatientStop, patient.front());
+    watch_for(std::max(kPatientStop, terms.patience / kPartOfPatience), patient.front());
     stopped = stop({patient.begin(), beyond});
     await_stops(stopped);
   }
