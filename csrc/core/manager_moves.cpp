@@ -284,9 +284,9 @@ std::optional<Error> Manager::carry_out(Round& round) {
       for (std::size_t i = 0; i < moves.size(); ++i) round.pages[i].move = moves[i];
     });
     device_->move(moves, manner);
-  } catch (const Restless& restless) {
-    failure =
-        Error(ErrorCode::busy, "waiting for " + whose(restless.stream()) + ": " + restless.what());
+  } catch (const Restless& error) {
+    restless = error.stream();
+    failure = error;
   } catch (const Error& error) {
     failure = error;
   } catch (...) {

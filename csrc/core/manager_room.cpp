@@ -178,7 +178,6 @@ void Manager::await_captures(Clock::time_point deadline) {
 bool Manager::make_room(Need need, std::string& why) {
   Stopped victims(*this, /*victims=*/true);
   for (;;) {
-    if (victims.count() == 0) await_captures(need.deadline);
     Round round(need.claimant, victims, need.deadline);
     bool is_chosen = false;
     {

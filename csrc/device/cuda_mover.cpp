@@ -20,8 +20,10 @@ constexpr std::size_t kMiB = std::size_t{1} << 20;
 constexpr std::size_t kBatch = 256 * kMiB;
 // Where streams are at work that had to be waited for, so that there are few holds.
 constexpr std::size_t kLargeBatch = 512 * kMiB;
-// Where sessions of others are open; and of pages that were copied ahead, where a hold does nothing
-// else: the shorter the better for whoever is held, and to begin one takes little of its time.
+// Of pages that were copied ahead, where a hold does nothing else: the shorter the better for
+// whoever is held, as far as to begin one takes little of its time.
+constexpr std::size_t kCopiedBatch = 64 * kMiB;
+// Where sessions of others are open.
 constexpr std::size_t kSmallBatch = 32 * kMiB;
 // How long it is before streams that did not come to rest are held again, at first and at most.
 constexpr auto kFirstPause = std::chrono::microseconds(100);
@@ -141,7 +143,8 @@ std::size_t CudaMover::batch(const Manner& manner) const {
 
 // What a hold takes of pages that were copied ahead. Beside copies there is time for more.
 std::size_t CudaMover::copied_batch(bool brings_in, const Manner& manner) const {
-  return brings_in || is_waited_for_ ? std::min(batch(manner), kBatch) : kSmallBatch;
+  const bool is_large = brings_in || is_waited_for_;
+  return std::min(batch(manner), is_large ? kBatch : kCopiedBatch);
 }
 
 CudaMover::Batch CudaMover::next_batch(Left& left, const Manner& manner) {
