@@ -46,7 +46,7 @@ void Manager::evict_context(Context& context) {
     }
     const auto failure = carry_out(round);
     std::string why;
-    if (!failure) deadline = Clock::now() + claim_timeout_;
+    if (round.has_moved()) deadline = Clock::now() + claim_timeout_;
     if (failure && !may_try_again(deadline, round, failure, stopped, why)) {
       throw Error(failure->code(), refused + why);
     }

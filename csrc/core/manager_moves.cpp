@@ -201,11 +201,14 @@ std::vector<StreamId> Manager::streams_of(const Round& round) const {
   return streams;
 }
 
-bool Manager::is_anybody_at_work(const Context* except) const {
-  std::size_t sessions = 0;
-  for (const Context* context : all()) sessions += context->sessions();
-  const bool is_in_session = except != nullptr && except->sessions() > 0;
-  return sessions > (is_in_session ? 1 : 0);
+// In a session, but for the claimant's own, and for contexts that move, which have to stand still.
+bool Manager::is_anybody_else_at_work(const Round& round) const {
+  const std::vector<Context*> contexts = all();
+  return std::any_of(contexts.begin(), contexts.end(), [&](const Context* context) {
+    const auto is_its = [=](const Round::Page& page) { return page.context == context; };
+    if (std::any_of(round.pages.begin(), round.pages.end(), is_its)) return false;
+    return context->sessions() > (context == round.claimant ? 1 : 0);
+  });
 }
 
 std::string Manager::whose(StreamId stream) const {
@@ -273,7 +276,7 @@ std::optional<Error> Manager::carry_out(Round& round) {
   try {
     {
       const std::lock_guard lock(mutex_);
-      manner.is_gentle = is_anybody_at_work(round.claimant);
+      manner.is_gentle = is_anybody_else_at_work(round);
       manner.own = streams_of(round);
     }
     device_->drain(manner.patience);

@@ -91,6 +91,10 @@ struct Manager::Round {
             kLeastPatience)) {
     pages.reserve(2 * kMostPages);
   }
+  // Whether any of its pages is where it was to come.
+  bool has_moved() const {
+    return std::any_of(pages.begin(), pages.end(), [](const Page& page) { return page.move.done; });
+  }
   std::size_t outs_left() const { return kMostPages - outs; }
   std::size_t ins_left() const { return kMostPages - (pages.size() - outs); }
 };

@@ -198,7 +198,7 @@ bool Manager::make_room(Need need, std::string& why) {
       settle(round, 0);
     }
     const bool is_progress = !failure && !round.pages.empty() && !round.in_use;
-    if (is_progress) need.deadline = Clock::now() + claim_timeout_;
+    if (round.has_moved()) need.deadline = Clock::now() + claim_timeout_;
     if (!is_progress && is_chosen && !may_try_again(need.deadline, round, failure, victims, why))
       return false;
   }
@@ -325,7 +325,7 @@ void Manager::bring_back(Context& context) {
       settle(round, 0);
     }
     const bool is_progress = !is_chosen || (!failure && !round.pages.empty());
-    if (is_progress) need.deadline = Clock::now() + claim_timeout_;
+    if (round.has_moved()) need.deadline = Clock::now() + claim_timeout_;
     if (!is_progress && !may_try_again(need.deadline, round, failure, victims, why)) {
       const bool is_device = failure && failure->code() == ErrorCode::device;
       refuse_restore(context, why, is_device ? ErrorCode::device : ErrorCode::out_of_memory);
