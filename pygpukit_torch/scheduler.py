@@ -13,7 +13,7 @@ from pygpukit_torch.pinning import Pin, pin
 from pygpukit_torch.pressure import Handler, PressureHandler
 from pygpukit_torch.qos import QoSPolicy
 from pygpukit_torch.session import ContextSession
-from pygpukit_torch.settings import Wishes, check_device_id, check_seconds
+from pygpukit_torch.settings import Wishes, check_device_id, check_max_sessions, check_seconds
 from pygpukit_torch.streams import (
     ContextEvent,
     ContextStream,
@@ -169,7 +169,7 @@ def create_context(
     if not isinstance(yields, bool):
         raise TypeError(f"yields must be a bool, got {type(yields).__name__} {yields!r}")
     if max_sessions is not None:
-        _check_max_sessions(max_sessions)
+        check_max_sessions(max_sessions)
     if device_id is not None:
         check_device_id("device_id", device_id)
     runtime = _runtime.get_or_initialize()
@@ -183,15 +183,6 @@ def create_context(
             stacklevel=2,
         )
     return runtime.create(name, max_vram, base_vram, qos, partition or "", yields, max_sessions)
-
-
-def _check_max_sessions(value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"max_sessions must be an int or None, got {type(value).__name__} {value!r}"
-        )
-    if not 1 <= value <= 2**31:
-        raise ValueError(f"max_sessions must be at least 1 and a sensible number, got {value}")
 
 
 def get_context(name: str) -> ExecutionContext:

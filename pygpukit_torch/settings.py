@@ -136,6 +136,16 @@ def check_seconds(name: str, value: object) -> None:
         raise ValueError(f"{name} must be from 0 to a million seconds, got {value}")
 
 
+def check_max_sessions(value: object) -> None:
+    """Raise unless ``value`` is a number of sessions that may be open at a time."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"max_sessions must be an int or None, got {type(value).__name__} {value!r}"
+        )
+    if not 1 <= value <= 2**31:
+        raise ValueError(f"max_sessions must be at least 1 and a sensible number, got {value}")
+
+
 def check_device_id(name: str, value: object) -> None:
     """Raise unless ``value`` is an int of at least 0."""
     if isinstance(value, bool) or not isinstance(value, int):
