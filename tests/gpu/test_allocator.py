@@ -279,6 +279,9 @@ def test_a_random_walk_agrees_with_a_reference_count() -> None:
             which, tensor, mark = live.pop(choice.randrange(len(live)))
             used[which] -= rounded(tensor)
             if choice.random() < 0.05:
+                # wait=False: nothing else orders what follows behind the session's work.
+                if (context := contexts[which]) is not None:
+                    context.stream.synchronize()
                 assert tensor[0].item() == mark
                 assert tensor[-1].item() == mark
             del tensor
