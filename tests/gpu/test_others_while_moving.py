@@ -34,7 +34,7 @@ from tests.gpu.test_graphs import captured, work
 
 pytestmark = pytest.mark.usefixtures("check_invariants")
 
-PATIENCE = 60  # seconds, after which somebody hangs
+PATIENCE = 60  # seconds; who takes longer hangs
 
 HOST_FUNCTION = """
 #include <atomic>
