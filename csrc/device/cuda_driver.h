@@ -50,16 +50,7 @@
   X(cuModuleLoadData)                  \
   X(cuModuleUnload)                    \
   X(cuModuleGetFunction)               \
-  X(cuLaunchKernel)                    \
-  X(cuGraphCreate)                     \
-  X(cuGraphDestroy)                    \
-  X(cuGraphAddMemcpyNode)              \
-  X(cuGraphAddKernelNode)              \
-  X(cuGraphAddBatchMemOpNode)          \
-  X(cuGraphInstantiateWithFlags)       \
-  X(cuGraphExecDestroy)                \
-  X(cuGraphUpload)                     \
-  X(cuGraphLaunch)
+  X(cuLaunchKernel)
 
 // Those that not every driver has, with the version of the driver API that brought them.
 #define PGK_CUDA_LATER_FUNCTIONS(X)     \

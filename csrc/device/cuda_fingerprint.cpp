@@ -190,7 +190,7 @@ struct Seeds {
 };
 
 // Who computes sums, each in a set of its own.
-enum class Set : unsigned { node, launch };
+enum class Set : unsigned { plain, telling };
 
 // What the kernel is called with, in the form that the driver takes.
 class Arguments {
@@ -237,9 +237,8 @@ CudaFingerprint::CudaFingerprint(const CudaDriver& driver, CUdevice ordinal, CUs
     return;
   }
   // The driver loads a kernel when it first runs, which must not be while a stream is held.
-  Arguments nothing(0, 0, scratch, 0, 0, Set::launch);
-  CUresult result = driver_.cuLaunchKernel_fn(kernel_, blocks_, 1, 1, kThreads, 1, 1, 0, stream,
-                                              nothing.data(), nullptr);
+  Arguments nothing(0, 0, scratch, 0, 0, Set::plain);
+  CUresult result = launch(stream, nothing.data());
   if (result == CUDA_SUCCESS) result = driver_.cuStreamSynchronize_fn(stream);
   if (result != CUDA_SUCCESS) kernel_ = nullptr;
 }
@@ -255,30 +254,22 @@ bool CudaFingerprint::load(const std::string& code) {
   return driver_.cuModuleGetFunction_fn(&kernel_, module_, "fingerprint") == CUDA_SUCCESS;
 }
 
-void CudaFingerprint::launch(CUstream stream, Address address, std::size_t bytes,
-                             CUdeviceptr result) const {
-  Arguments arguments(address, bytes, result, 0, 0, Set::launch);
-  driver_.check(driver_.cuLaunchKernel_fn(kernel_, blocks_, 1, 1, kThreads, 1, 1, 0, stream,
-                                          arguments.data(), nullptr),
-                "move (fingerprint)", bytes);
+CUresult CudaFingerprint::launch(CUstream stream, void** arguments) const {
+  return driver_.cuLaunchKernel_fn(kernel_, blocks_, 1, 1, kThreads, 1, 1, 0, stream, arguments,
+                                   nullptr);
 }
 
-CUgraphNode CudaFingerprint::add_to(CUgraph graph, std::span<const CUgraphNode> after,
-                                    Address address, std::size_t bytes, CUdeviceptr result,
-                                    CUdeviceptr flag, std::uint32_t number) const {
-  Arguments arguments(address, bytes, result, flag, number, Set::node);
-  CUDA_KERNEL_NODE_PARAMS parameters{};
-  parameters.func = kernel_;
-  parameters.gridDimX = blocks_;
-  parameters.gridDimY = parameters.gridDimZ = 1;
-  parameters.blockDimX = kThreads;
-  parameters.blockDimY = parameters.blockDimZ = 1;
-  parameters.kernelParams = arguments.data();
-  CUgraphNode node = nullptr;
-  driver_.check(
-      driver_.cuGraphAddKernelNode_fn(&node, graph, after.data(), after.size(), &parameters),
-      "move (kernel node)", bytes);
-  return node;
+void CudaFingerprint::launch(CUstream stream, Address address, std::size_t bytes,
+                             CUdeviceptr result) const {
+  Arguments arguments(address, bytes, result, 0, 0, Set::plain);
+  driver_.check(launch(stream, arguments.data()), "move (fingerprint)", bytes);
+}
+
+void CudaFingerprint::launch_and_tell(CUstream stream, Address address, std::size_t bytes,
+                                      CUdeviceptr result, CUdeviceptr flag,
+                                      std::uint32_t number) const {
+  Arguments arguments(address, bytes, result, flag, number, Set::telling);
+  driver_.check(launch(stream, arguments.data()), "move (fingerprint)", bytes);
 }
 
 }  // namespace pgk

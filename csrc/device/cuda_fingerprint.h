@@ -12,7 +12,7 @@
 // All calls need the device's context to be current.
 #pragma once
 
-#include <span>
+#include <cstdint>
 #include <string>
 
 #include "device/cuda_driver.h"
@@ -34,17 +34,17 @@ class CudaFingerprint {
   bool is_available() const { return kernel_ != nullptr; }
 
   // Writes the fingerprint of the memory to `result`, in the order of the stream. What is launched
-  // must not run at once, so always name the same stream.
+  // so must not run at once.
   void launch(CUstream stream, Address address, std::size_t bytes, CUdeviceptr result) const;
-  // A node that does the same, also beside what is launched, and then writes `number` to `flag`:
-  // whoever sees that sees the fingerprint, and the work ahead of the node is done. Nodes must not
-  // run at once.
-  CUgraphNode add_to(CUgraph graph, std::span<const CUgraphNode> after, Address address,
-                     std::size_t bytes, CUdeviceptr result, CUdeviceptr flag,
-                     std::uint32_t number) const;
+  // Does the same, also beside what is launched so, and then writes `number` to `flag`: whoever
+  // sees that sees the fingerprint, and the work ahead of it is done. Nor must two of these run at
+  // once.
+  void launch_and_tell(CUstream stream, Address address, std::size_t bytes, CUdeviceptr result,
+                       CUdeviceptr flag, std::uint32_t number) const;
 
  private:
   bool load(const std::string& code);
+  CUresult launch(CUstream stream, void** arguments) const;
 
   const CudaDriver& driver_;
   unsigned blocks_ = 0;

@@ -19,7 +19,8 @@ struct CudaFlags {
   alignas(64) std::uint32_t go;
   std::uint32_t gate;
   alignas(64) std::uint32_t probed;  // our stream gets on
-  std::uint32_t started;             // the graph has seen `go`
+  std::uint32_t branch_probed;       // and its branch
+  std::uint32_t started;             // our work has seen `go`
   std::uint32_t finished;            // nothing of it runs any more
   std::array<std::array<std::uint32_t, kPages>, kLanes> ready;
   alignas(64) std::array<std::array<Fingerprint, kPages>, kLanes> contents;
@@ -47,5 +48,11 @@ struct CudaFlags {
     raise(gate, number);
   }
 };
+
+// Operations of a stream. Writes `value` to `flag`; all work before it is visible to whoever sees
+// the value.
+CUstreamBatchMemOpParams write_operation(std::uint32_t& flag, std::uint32_t value);
+// Waits until `flag` has reached `value`.
+CUstreamBatchMemOpParams wait_operation(std::uint32_t& flag, std::uint32_t value);
 
 }  // namespace pgk

@@ -6,7 +6,6 @@
 #include <string>
 #include <thread>
 
-#include "device/cuda_graph.h"
 #include "device/waiters.h"
 
 namespace pgk {
@@ -56,7 +55,10 @@ CudaHolds::CudaHolds(const CudaDriver& driver, CUcontext context)
     if (result != CUDA_SUCCESS) break;
     result = driver_.cuStreamCreateWithPriority_fn(&stream, CU_STREAM_NON_BLOCKING, 0);
   }
-  if (result == CUDA_SUCCESS) result = driver_.cuEventCreate_fn(&event_, CU_EVENT_DISABLE_TIMING);
+  for (CUevent* event : {&event_, &forked_, &joined_}) {
+    if (result != CUDA_SUCCESS) break;
+    result = driver_.cuEventCreate_fn(event, CU_EVENT_DISABLE_TIMING);
+  }
   if (result != CUDA_SUCCESS) release();
   driver_.check(result, "create_stream");
 }
@@ -66,7 +68,9 @@ CudaHolds::~CudaHolds() {
 }
 
 void CudaHolds::release() {
-  if (event_ != nullptr) driver_.cuEventDestroy_fn(event_);
+  for (CUevent event : {event_, forked_, joined_}) {
+    if (event != nullptr) driver_.cuEventDestroy_fn(event);
+  }
   for (CUstream stream : streams_) {
     if (stream != nullptr) driver_.cuStreamDestroy_fn(stream);
   }
@@ -96,8 +100,14 @@ CudaHold::~CudaHold() {
   holds_.flags().open(number_);
   if (start_ != Clock::time_point{}) holds_.pace().add(start_, Clock::now());
   if (watchdog_ != nullptr) watchdog_->stop();
+  if (submitted_ == Submitted::part) {
+    // A call failed in between, so no flag will tell. Should these fail, the device has.
+    holds_.driver_.cuStreamSynchronize_fn(stream_);
+    holds_.driver_.cuStreamSynchronize_fn(branch_);
+  }
+  if (submitted_ != Submitted::all) return;
   try {
-    for (renew(); launched_ && !CudaFlags::holds(holds_.flags().finished, number_);) {
+    for (renew(); !CudaFlags::holds(holds_.flags().finished, number_);) {
       if (Clock::now() - since_ < kYielding) {
         std::this_thread::yield();
       } else {
@@ -120,12 +130,12 @@ void CudaHold::note_active(const Streams& streams, std::vector<CUstream>& active
   }
 }
 
-void CudaHold::take(CUgraphExec graph, const Terms& terms) {
+void CudaHold::take(const Work& work, const Terms& terms) {
   try {
     if (terms.way == Way::streams) {
-      stop_each(graph, terms);
+      stop_each(work, terms);
     } else {
-      hold_all(graph, terms);
+      hold_all(work, terms);
     }
     CudaFlags::raise(holds_.flags().go, number_);
     while (!CudaFlags::holds(holds_.flags().started, number_)) {
@@ -134,14 +144,14 @@ void CudaHold::take(CUgraphExec graph, const Terms& terms) {
     }
     if (!watchdog_->stop()) give_up(nullptr, kSlow);
   } catch (const Restless&) {
-    // It may be that somebody shares a hardware queue with our stream.
-    holds_.change_stream();
+    // It may be that somebody shares a hardware queue with ours.
+    holds_.change_streams();
     throw;
   }
   renew();
 }
 
-void CudaHold::hold_all(CUgraphExec graph, const Terms& terms) {
+void CudaHold::hold_all(const Work& work, const Terms& terms) {
   const std::vector<CUstream> patient = active(terms, /*patient_ones=*/true);
   std::vector<CUstream> others = active(terms, /*patient_ones=*/false);
   await_backlog(patient, terms.patience);
@@ -158,11 +168,11 @@ void CudaHold::hold_all(CUgraphExec graph, const Terms& terms) {
     await_stops(stopped);
   }
   others.insert(others.end(), beyond, patient.end());
-  // Where there is but one hardware queue, everybody would wait behind the graph.
+  // Where there is but one hardware queue, everybody would wait behind our work.
   const bool is_early = most > 0;
   if (!is_early) await_lull(others, terms.lull);
   watch_for(terms.lull + kLongestStop, nullptr);
-  launch(graph);
+  submit(work);
   if (is_early) await_lull(others, terms.lull);
   start_ = Clock::now();
   watch_for(kLongestStop, nullptr);
@@ -178,7 +188,7 @@ void CudaHold::hold_all(CUgraphExec graph, const Terms& terms) {
 }
 
 // Streams are held one by one: all of them, since nothing else keeps idle ones from going on.
-void CudaHold::stop_each(CUgraphExec graph, const Terms& terms) {
+void CudaHold::stop_each(const Work& work, const Terms& terms) {
   const auto running = [&] {
     std::vector<CUstream> streams;
     for (const Stream& stream : terms.streams()) {
@@ -197,7 +207,7 @@ void CudaHold::stop_each(CUgraphExec graph, const Terms& terms) {
   watchdog_ = std::make_shared<CudaWatchdog>(holds_.flags(), number_);
   start_ = Clock::now();
   watch_for(kLongestStop, nullptr);
-  launch(graph);
+  submit(work);
   await_stops(stop(streams));
   // One that has come to be known meanwhile is not stopped.
   if (running().size() > streams.size()) give_up(nullptr, "another stream came to be known");
@@ -230,23 +240,53 @@ void CudaHold::await_lull(const std::vector<CUstream>& streams, std::chrono::nan
   while (!are_idle() && Clock::now() < until) std::this_thread::yield();
 }
 
-// Whether what is launched on our stream would run. To wait for it later might be for ever.
+// Whether what is submitted to our streams would run. To wait for it later might be for ever.
 void CudaHold::probe() {
-  auto write = write_operation(CudaFlags::address_of(holds_.flags().probed), number_);
-  holds_.driver_.check(holds_.driver_.cuStreamBatchMemOp_fn(stream_, 1, &write, 0), "move (probe)");
+  CudaFlags& flags = holds_.flags();
+  for (CUstream stream : {stream_, branch_}) {
+    std::uint32_t& probed = stream == stream_ ? flags.probed : flags.branch_probed;
+    queue(stream, "move (probe)", write_operation(probed, number_));
+  }
   const auto deadline = Clock::now() + kLongestStop;
-  while (!CudaFlags::holds(holds_.flags().probed, number_)) {
+  while (!CudaFlags::holds(flags.probed, number_) ||
+         !CudaFlags::holds(flags.branch_probed, number_)) {
     if (Clock::now() >= deadline) give_up(nullptr, kSlow);
     std::this_thread::yield();
   }
 }
 
 // Ahead of most stops: in a hardware queue it must not come behind one.
-void CudaHold::launch(CUgraphExec graph) {
+void CudaHold::submit(const Work& work) {
+  CudaFlags& flags = holds_.flags();
+  submitted_ = Submitted::part;
+  queue(stream_, "move (start)", wait_operation(flags.go, number_),
+        write_operation(flags.started, number_));
+  work(*this);
+  queue(stream_, "move (finish)", write_operation(flags.finished, number_),
+        wait_operation(flags.gate, number_));
+  submitted_ = Submitted::all;
+  holds_.driver_.check(holds_.driver_.cuEventRecord_fn(holds_.event_, stream_), "move (record)");
+}
+
+void CudaHold::fork() {
   const CudaDriver& driver = holds_.driver_;
-  driver.check(driver.cuGraphLaunch_fn(graph, stream_), "move (launch)");
-  launched_ = true;
-  driver.check(driver.cuEventRecord_fn(holds_.event_, stream_), "move (record)");
+  driver.check(driver.cuEventRecord_fn(holds_.forked_, stream_), "move (fork)");
+  driver.check(driver.cuStreamWaitEvent_fn(branch_, holds_.forked_, CU_EVENT_WAIT_DEFAULT),
+               "move (fork)");
+}
+
+void CudaHold::join() {
+  const CudaDriver& driver = holds_.driver_;
+  driver.check(driver.cuEventRecord_fn(holds_.joined_, branch_), "move (join)");
+  driver.check(driver.cuStreamWaitEvent_fn(stream_, holds_.joined_, CU_EVENT_WAIT_DEFAULT),
+               "move (join)");
+}
+
+template <typename... Operations>
+void CudaHold::queue(CUstream stream, const char* what, Operations... operations) {
+  std::array all{operations...};
+  holds_.driver_.check(holds_.driver_.cuStreamBatchMemOp_fn(stream, all.size(), all.data(), 0),
+                       what);
 }
 
 void CudaHold::watch_for(std::chrono::nanoseconds time, CUstream for_whom) {
@@ -286,8 +326,8 @@ std::vector<CudaHold::Stop> CudaHold::stop(const std::vector<CUstream>& streams)
   const auto flags = holds_.take_stops(streams.size());
   std::vector<Stop> stops;
   for (std::size_t i = 0; i < streams.size(); ++i) {
-    auto operations = stop_operations(CudaFlags::address_of(flags[i]),
-                                      CudaFlags::address_of(holds_.flags().gate), number_);
+    std::array operations{write_operation(flags[i], number_),
+                          wait_operation(holds_.flags().gate, number_)};
     const CUresult result =
         driver.cuStreamBatchMemOp_fn(streams[i], operations.size(), operations.data(), 0);
     if (is_gone(result)) continue;
@@ -342,7 +382,7 @@ void CudaHold::pause() {
   if (has_failed()) holds_.driver_.check(*failure_, "move");
   ask_device();
   if (waited > kNothingComes) {
-    holds_.change_stream();
+    holds_.change_streams();
     throw Error(ErrorCode::busy, "cuda: streams were held, and the move did not get on");
   }
 }

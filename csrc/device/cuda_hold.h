@@ -1,12 +1,12 @@
 // Streams that stand still while memory changes its place under them.
 //
-// What is to be done meanwhile is a graph of ours, in a stream of ours. It waits for `go`, and
-// behind it an event for `gate`. Everybody is kept from going on: all streams of the device's
-// context at once, also those that are made afterwards, by having the context wait for the event.
-// Nothing tells where in a stream that wait is. So a stream stands still once it is idle; and one
-// that is at work, whose owner may submit more and more behind the wait, is stopped by operations
-// in it before: one writes a number to a flag, the other waits for `gate`. When all are idle or
-// have written their flags, `go` is given; at the end `gate` is opened.
+// What is to be done meanwhile is queued in a stream of ours before: it waits for `go`, and an
+// event behind it for `gate`. Everybody is kept from going on: all streams of the device's context
+// at once, also those that are made afterwards, by having the context wait for the event. Nothing
+// tells where in a stream that wait is. So a stream stands still once it is idle; and one that is
+// at work, whose owner may submit more and more behind the wait, is stopped by operations in it
+// before: one writes a number to a flag, the other waits for `gate`. When all are idle or have
+// written their flags, `go` is given; at the end `gate` is opened.
 //
 // While a stream is stopped, some calls of the driver block whoever makes them until it goes on,
 // among them cudaFree and the first launch of a kernel, and such a thread may have locks of the
@@ -14,7 +14,7 @@
 // and `gate` unless all stand still in time, and nothing is moved. From then on nothing is
 // submitted.
 //
-// Stopped streams, and our graph, each block one of the few hardware queues that all streams share:
+// Stopped streams, and our own, each block one of the few hardware queues that all streams share:
 // so only few can be stopped at a time, while the context's wait holds any number.
 #pragma once
 
@@ -47,17 +47,18 @@ class CudaHolds {
   // Of those before the next one.
   CudaPace& pace() { return pace_; }
   CudaFlags& flags() { return *flags_; }
-  // Of ours; idle outside of holds.
-  CUstream stream() const { return streams_[turn_ % kStreams]; }
-  // From now on another one: its hardware queue may be blocked by somebody.
-  void change_stream() { ++turn_; }
+  // Ours, and one for what is done beside it; idle outside of holds.
+  CUstream stream() const { return streams_[turn_]; }
+  CUstream branch() const { return streams_[turn_ + 1]; }
+  // From now on others: their hardware queues may be blocked by somebody.
+  void change_streams() { turn_ = (turn_ + 2) % kStreams; }
   // The number of the next hold. Starts at 1: flags are 0 before the first.
   std::uint32_t next_number() { return ++number_; }
   // Whether the driver can hold all streams at once.
   static bool has_context_wait(const CudaDriver& driver) {
     return driver.cuCtxWaitEvent_fn != nullptr;
   }
-  // How many streams can be stopped at a time, beside a graph with two branches.
+  // How many streams can be stopped at a time, beside ours.
   static std::size_t most_stops();
 
  private:
@@ -68,10 +69,12 @@ class CudaHolds {
   const CudaDriver& driver_;
   CUcontext context_;
   CudaFlags* flags_ = nullptr;
-  static constexpr std::size_t kStreams = 4;
+  static constexpr std::size_t kStreams = 8;
   std::array<CUstream, kStreams> streams_{};
   std::size_t turn_ = 0;
-  CUevent event_ = nullptr;
+  CUevent event_ = nullptr;  // behind what is to be waited for
+  CUevent forked_ = nullptr;
+  CUevent joined_ = nullptr;
   CudaPace pace_;
   std::uint32_t number_ = 0;
   std::size_t next_stop_ = 0;
@@ -93,7 +96,7 @@ class CudaHold {
   enum class Way { context, streams };
 
   CudaHold(CudaHolds& holds, std::uint32_t number) : holds_(holds), number_(number) {}
-  // Opens it, and waits until nothing of the graph runs any more.
+  // Opens it, and waits until nothing of our work runs any more.
   ~CudaHold();
   CudaHold(const CudaHold&) = delete;
   CudaHold& operator=(const CudaHold&) = delete;
@@ -110,10 +113,16 @@ class CudaHold {
     // Those that may be given more work at any moment, whether or not they are idle now.
     const std::vector<CUstream>& active;
   };
-  // The graph must wait for `go` and write `started` first, and stop at `finished` last. When this
-  // returns it runs, everybody stands still, and no call of the driver's is left to make but those
-  // of mapping. Throws Restless if that could not be had in time.
-  void take(CUgraphExec graph, const Terms& terms);
+  // Queues what is to be done while everybody stands still, in our stream and, between fork() and
+  // join(), in the branch.
+  using Work = std::function<void(CudaHold&)>;
+  // When this returns the work runs, everybody stands still, and no call of the driver's is left to
+  // make but those of mapping. Throws Restless if that could not be had in time.
+  void take(const Work& work, const Terms& terms);
+  CUstream stream() const { return stream_; }
+  CUstream branch() const { return branch_; }
+  void fork();
+  void join();
   // Between looks at flags. Throws ErrorCode::busy if none come any more, ErrorCode::device if the
   // device has failed.
   void pause();
@@ -129,9 +138,11 @@ class CudaHold {
   std::vector<Stop> stop(const std::vector<CUstream>& streams);
   void await_backlog(const std::vector<CUstream>& streams, std::chrono::nanoseconds patience) const;
   void probe();
-  void launch(CUgraphExec graph);
-  void hold_all(CUgraphExec graph, const Terms& terms);
-  void stop_each(CUgraphExec graph, const Terms& terms);
+  void submit(const Work& work);
+  template <typename... Operations>
+  void queue(CUstream stream, const char* what, Operations... operations);
+  void hold_all(const Work& work, const Terms& terms);
+  void stop_each(const Work& work, const Terms& terms);
   std::vector<CUstream> active(const Terms& terms, bool patient_ones) const;
   void await_lull(const std::vector<CUstream>& streams, std::chrono::nanoseconds lull);
   bool is_capturing(CUstream stream) const;
@@ -146,7 +157,8 @@ class CudaHold {
   CudaHolds& holds_;
   std::uint32_t number_;
   CUstream stream_ = holds_.stream();
-  bool launched_ = false;
+  CUstream branch_ = holds_.branch();
+  enum class Submitted { nothing, part, all } submitted_ = Submitted::nothing;
   std::shared_ptr<CudaWatchdog> watchdog_;  // null until streams are kept from going on
   Clock::time_point start_{};  // when the first stream was kept from going on, patient ones apart
   Clock::time_point since_ = Clock::now();

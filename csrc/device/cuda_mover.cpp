@@ -28,7 +28,7 @@ constexpr std::size_t kSmallBatch = 32 * kMiB;
 // How long it is before streams that did not come to rest are held again, at first and at most.
 constexpr auto kFirstPause = std::chrono::microseconds(100);
 constexpr auto kLongestPause = std::chrono::milliseconds(8);
-// Our graph waits in its hardware queue meanwhile, and cudaFree for our graph.
+// Our work waits in its hardware queue meanwhile, and cudaFree for our work.
 constexpr auto kLongestLull = std::chrono::milliseconds(10);
 
 // Appends the first pages of the queue: one at least, and others as far as `limit` bytes allow.
@@ -208,14 +208,13 @@ void CudaMover::hold_for(const Batch& batch, const Manner& manner, const Asks& a
       captures_.keep_out(CudaCaptures::Clock::now() + manner.patience);
   const bool is_at_once = CudaHolds::has_context_wait(driver_) && !captures.is_beside_capture();
   const std::uint32_t number = holds_.next_number();
-  CudaGraph graph(driver_, holds_.context());
-  add_steps(graph, batch, number);
-  graph.instantiate();
-  driver_.check(driver_.cuGraphUpload_fn(graph.executable(), holds_.stream()), "move (upload)");
-
+  // Nothing is to be mapped for it while streams are held.
+  for (const Kind lane : {kOut, kIn}) {
+    for (const Step& step : batch[lane]) mappings_.alias_of(step.move->to);
+  }
   CudaHold hold(holds_, number);
   hold.note_active(asks.streams, active);
-  hold.take(graph.executable(),
+  hold.take([&](CudaHold& taken) { queue_steps(taken, batch, number); },
             {.streams = asks.streams,
              .way = is_at_once ? CudaHold::Way::context : CudaHold::Way::streams,
              .patience = manner.patience,
@@ -248,40 +247,43 @@ void CudaMover::finish_steps(CudaHold& hold, std::uint32_t number, const Batch& 
   }
 }
 
-// A kernel's flag is seen at once; one that a memory operation writes between copies, no sooner
-// than the last of these has ended. Nodes of a lane are one after the other: a branch beside them
-// could come to a hardware queue in which a stream is held.
-void CudaMover::add_steps(CudaGraph& graph, const Batch& batch, std::uint32_t number) {
-  CudaFlags& flags = holds_.flags();
-  const auto add_fingerprint = [&](CUgraphNode after, Kind lane, std::size_t i, Address address,
-                                   std::size_t bytes) {
-    return fingerprint_->add_to(graph.graph(), {&after, 1}, address, bytes,
-                                CudaFlags::address_of(flags.contents[lane][i]),
-                                CudaFlags::address_of(flags.ready[lane][i]), number);
-  };
-  CUgraphNode compared =
-      graph.start(CudaFlags::address_of(flags.go), CudaFlags::address_of(flags.started), number);
+// Copies of both directions go on at once. Else there is no branch: it could come to a hardware
+// queue in which a stream is held.
+void CudaMover::queue_steps(CudaHold& hold, const Batch& batch, std::uint32_t number) {
   for (std::size_t i = 0; i < batch[kCompared].size(); ++i) {
     const Move& move = *batch[kCompared][i].move;
-    compared = add_fingerprint(compared, kCompared, i, move.address, move.from.bytes);
+    tell_of(hold.stream(), kCompared, i, move.address, move.from.bytes, number);
   }
-  std::array<CUgraphNode, CudaFlags::kLanes> last{compared, compared, compared};
-  for (const Kind lane : {kOut, kIn}) {
-    CUgraphNode& node = last[lane];
-    for (std::size_t i = 0; i < batch[lane].size(); ++i) {
-      Move& move = *batch[lane][i].move;
-      move.known.reset();
-      const Address alias = mappings_.alias_of(move.to);
-      node = graph.copy({node}, alias, move.address, move.to.bytes);
-      if (tells_contents(move)) {
-        node = add_fingerprint(node, lane, i, alias, move.to.bytes);
-      } else {
-        node = graph.write({node}, CudaFlags::address_of(flags.ready[lane][i]), number);
-      }
+  const bool has_branch = !batch[kOut].empty() && !batch[kIn].empty();
+  if (has_branch) hold.fork();
+  queue_copies(has_branch ? hold.branch() : hold.stream(), batch, kIn, number);
+  queue_copies(hold.stream(), batch, kOut, number);
+  if (has_branch) hold.join();
+}
+
+void CudaMover::queue_copies(CUstream stream, const Batch& batch, Kind lane, std::uint32_t number) {
+  for (std::size_t i = 0; i < batch[lane].size(); ++i) {
+    Move& move = *batch[lane][i].move;
+    const std::size_t bytes = move.to.bytes;
+    move.known.reset();
+    const Address alias = mappings_.alias_of(move.to);
+    driver_.check(driver_.cuMemcpyAsync_fn(alias, move.address, bytes, stream), "move (copy)",
+                  bytes);
+    if (tells_contents(move)) {
+      tell_of(stream, lane, i, alias, bytes, number);
+    } else {
+      auto write = write_operation(holds_.flags().ready[lane][i], number);
+      driver_.check(driver_.cuStreamBatchMemOp_fn(stream, 1, &write, 0), "move (tell)");
     }
   }
-  graph.stop({last[kOut], last[kIn]}, CudaFlags::address_of(flags.finished),
-             CudaFlags::address_of(flags.gate), number);
+}
+
+void CudaMover::tell_of(CUstream stream, Kind lane, std::size_t i, Address address,
+                        std::size_t bytes, std::uint32_t number) {
+  CudaFlags& flags = holds_.flags();
+  fingerprint_->launch_and_tell(stream, address, bytes,
+                                CudaFlags::address_of(flags.contents[lane][i]),
+                                CudaFlags::address_of(flags.ready[lane][i]), number);
 }
 
 bool CudaMover::tells_contents(const Move& move) const {

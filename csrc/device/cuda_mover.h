@@ -2,7 +2,7 @@
 //
 // Between unmap and map a touch of the address would kill the process, and a write between copy and
 // map would be lost. So pages are remapped while everybody's streams are held (cuda_hold.h): all
-// earlier work is done, none of the later has begun. A graph of ours does meanwhile what has to be
+// earlier work is done, none of the later has begun. Our stream does meanwhile what has to be
 // done then, and tells of each page when it is. For a page whose contents host memory is known to
 // have had, be it from before or from a copy ahead (cuda_staging.h), that is a comparison; for
 // others it is the copy. A page is remapped at once, beside the copies of the next ones, then the
@@ -22,7 +22,6 @@
 #include "device/cuda_captures.h"
 #include "device/cuda_driver.h"
 #include "device/cuda_fingerprint.h"
-#include "device/cuda_graph.h"
 #include "device/cuda_hold.h"
 #include "device/cuda_mappings.h"
 #include "device/cuda_staging.h"
@@ -85,7 +84,10 @@ class CudaMover {
   void hold_for(const Batch& batch, const Manner& manner, const Asks& asks,
                 std::chrono::nanoseconds lull, std::vector<CUstream>& active);
   void finish_steps(CudaHold& hold, std::uint32_t number, const Batch& batch, const Asks& asks);
-  void add_steps(CudaGraph& graph, const Batch& batch, std::uint32_t number);
+  void queue_steps(CudaHold& hold, const Batch& batch, std::uint32_t number);
+  void queue_copies(CUstream stream, const Batch& batch, Kind lane, std::uint32_t number);
+  void tell_of(CUstream stream, Kind lane, std::size_t i, Address address, std::size_t bytes,
+               std::uint32_t number);
   bool tells_contents(const Move& move) const;
   void finish(const Step& step, const Fingerprint& contents, const Asks& asks);
   void remap(Move& move, const Asks& asks);
