@@ -33,7 +33,7 @@ class ThreadStreams;
 struct Partition;
 
 // How far a request goes: takes what is ready; waits for the device's work; has others evicted.
-enum class Effort : std::uint8_t { ready, wait, evict };
+enum class Effort : std::uint8_t { ready, evict };
 
 struct ContextSpec {
   std::string name;

@@ -58,6 +58,7 @@ class Ledger {
 
   // How much of the capacity others than the accounts have taken.
   void set_outside(std::size_t bytes) { outside_ = bytes; }
+  std::size_t outside() const { return outside_; }
 
   PartitionId open_partition(std::size_t limit);
   // It must have no accounts.

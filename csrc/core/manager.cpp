@@ -125,11 +125,10 @@ std::shared_ptr<Context> Manager::create_context(const ContextSpec& spec) {
     validate(spec);
   };
   std::shared_ptr<Partition> partition;
-  until_settled([&]() -> std::optional<EventId> {
+  make_room_for_base([&]() -> Reservation {
     require_possible();
     if (!spec.partition.empty()) partition = find_partition(partitions_, spec.partition);
-    refresh_outside();
-    return make_room_for_base(spec.base, partition ? partition->account : Ledger::kDevice, nullptr);
+    return {spec.base, partition ? partition->account : Ledger::kDevice, nullptr};
   });
   const std::lock_guard lock(mutex_);
   require_possible();  // again: others may have come in between
@@ -244,33 +243,33 @@ void Manager::resize_context(Context& context, std::size_t max, std::size_t base
                                               " in pages of " + held);
   };
   until_settled([&]() -> std::optional<EventId> {
-    std::size_t missing = 0;
-    {
-      const ContextLock context_lock(context.mutex_);
-      require_live(context);
-      device_said_.clear();
-      validate({context.name(), max, base, context.tier(), {}, context.yields(), 0});
-      const std::size_t most = context.arena_.upper_zone() / kRangePerBudget * page;
-      if (max > most) {
-        throw Error(ErrorCode::invalid_value,
-                    "context '" + context.name() +
-                        "' was created with addresses for a max_vram of at most " +
-                        format_bytes(most) + ", not " + format_bytes(max));
-      }
-      if (max < page) {
-        throw Error(ErrorCode::invalid_value,
-                    "context '" + context.name() + "' was created with pages of " +
-                        format_bytes(page) + " and cannot be resized to " + format_bytes(max));
-      }
-      const std::size_t retired = context.retired_bytes() / page;
-      if (beyond_target() > retired) give_up_pages(context, beyond_target() - retired);
-      if (beyond_target() > 0 && !context.retired_.empty()) return context.retired_.front().event;
-      require_fit();
-      const std::size_t committed = ledger_.account(context.id()).committed();
-      missing = base > committed ? base - committed : 0;
+    const ContextLock context_lock(context.mutex_);
+    require_live(context);
+    device_said_.clear();
+    validate({context.name(), max, base, context.tier(), {}, context.yields(), 0});
+    const std::size_t most = context.arena_.upper_zone() / kRangePerBudget * page;
+    if (max > most) {
+      throw Error(ErrorCode::invalid_value,
+                  "context '" + context.name() +
+                      "' was created with addresses for a max_vram of at most " +
+                      format_bytes(most) + ", not " + format_bytes(max));
     }
-    refresh_outside();
-    return make_room_for_base(missing, ledger_.account(context.id()).partition, &context);
+    if (max < page) {
+      throw Error(ErrorCode::invalid_value,
+                  "context '" + context.name() + "' was created with pages of " +
+                      format_bytes(page) + " and cannot be resized to " + format_bytes(max));
+    }
+    context.settle_fences();
+    const std::size_t retired = context.retired_bytes() / page;
+    if (beyond_target() > retired) give_up_pages(context, beyond_target() - retired);
+    if (beyond_target() > 0 && !context.retired_.empty()) return context.retired_.front().event;
+    require_fit();
+    return std::nullopt;
+  });
+  make_room_for_base([&]() -> Reservation {
+    require_open(context);
+    const Ledger::Account& account = ledger_.account(context.id());
+    return {base - std::min(base, account.committed()), account.partition, &context};
   });
 
   const Blocking blocking;

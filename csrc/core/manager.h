@@ -22,6 +22,7 @@
 #include "core/host_pool.h"
 #include "core/ledger.h"
 #include "core/partition.h"
+#include "core/reliefs.h"
 #include "device/device.h"
 
 namespace pgk {
@@ -116,6 +117,8 @@ class Manager : public std::enable_shared_from_this<Manager> {
   // holds whoever is at work; nor one that captures, for which moves wait.
   void join(const Context& context);
   void set_pressure_handler(PressureHandler handler);
+  // What is asked before others give way: by requests, contexts that come back, and reservations.
+  void set_reliefs(std::vector<Reliefs::Relief> reliefs);
   // For memory outside of contexts: gives back what trim() does, and evicts idle best-effort
   // contexts for what of `bytes` the device still lacks. Returns whether anything came of it.
   bool give_way(std::size_t bytes);
@@ -191,6 +194,12 @@ class Manager : public std::enable_shared_from_this<Manager> {
     std::size_t of_mates = 0;
     bool is_none() const { return bytes == 0 && of_mates == 0; }
   };
+  // A base that is to be promised, where it is to come from.
+  struct Reservation {
+    std::size_t base = 0;
+    Ledger::PartitionId partition = Ledger::kDevice;
+    const Context* except = nullptr;
+  };
   // A context as far as others may want something of it.
   struct Standing {
     Holder holder;  // with all of its live pages as spare
@@ -225,6 +234,7 @@ class Manager : public std::enable_shared_from_this<Manager> {
   }
 
   void until_settled(const std::function<std::optional<EventId>()>& step);
+  void make_room_for_base(const std::function<Reservation()>& wanted);
 
   // With the manager's lock; those that name a context need its lock too.
   std::uint32_t obtain(Context& context, std::uint32_t granules, Arena::Lane lane);
@@ -244,8 +254,6 @@ class Manager : public std::enable_shared_from_this<Manager> {
   void reclaim(const std::function<std::size_t()>& missing,
                const std::function<std::size_t(const Context&)>& spare, const Context* except);
   void reclaim_for(const Context& context, std::size_t bytes);
-  std::optional<EventId> make_room_for_base(std::size_t base, Ledger::PartitionId partition,
-                                            const Context* except);
   void reclaim_for_base(std::size_t base, Ledger::PartitionId partition, const Context* except);
   void drop_reservation(Context& context);
   bool dismantle(Context& orphan);
@@ -288,6 +296,7 @@ class Manager : public std::enable_shared_from_this<Manager> {
   bool may_try_again(Clock::time_point deadline, const Round& round,
                      const std::optional<Error>& failure, Stopped& victims, std::string& why);
   void bring_back(Context& context);
+  bool relieve(Reliefs::Left& left, bool device_is_short);
   bool ask(Context& context, std::size_t bytes, std::size_t available);
   std::string host_memory_is_full() const;
   std::string holdings(const DeviceUsage& device) const;
@@ -326,6 +335,7 @@ class Manager : public std::enable_shared_from_this<Manager> {
   Partitions partitions_;
   const std::chrono::nanoseconds claim_timeout_;
   std::shared_ptr<PressureHandler> pressure_handler_;
+  std::shared_ptr<const Reliefs> reliefs_;
   std::size_t stopped_contexts_ = 0;
   std::size_t stopped_victims_ = 0;
   std::vector<std::shared_ptr<Context>> contexts_;

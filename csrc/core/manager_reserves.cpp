@@ -60,15 +60,26 @@ void Manager::aim_host_pool() {
   host_pool_.aim_for(std::move(counts));
 }
 
-// For a base in a partition: others' free pages, and what to wait for until it fits.
-std::optional<EventId> Manager::make_room_for_base(std::size_t base, Ledger::PartitionId partition,
-                                                   const Context* except) {
+// For a base: others' free pages, what others can do without, and the device's work if that would
+// free something.
+void Manager::make_room_for_base(const std::function<Reservation()>& wanted) {
+  const Blocking blocking;
+  Reliefs::Left reliefs;
   bool is_short = false;
-  for (const Ledger::PartitionId id : {Ledger::kDevice, partition}) {
-    reclaim_for_base(base, id, except);
-    is_short |= ledger_.uncommitted(id) < base;
-  }
-  return is_short ? first_retired() : std::nullopt;
+  const auto step = [&]() -> std::optional<EventId> {
+    const Reservation reservation = wanted();
+    refresh_outside();
+    bool is_awaited = false;
+    for (const Ledger::PartitionId id : {Ledger::kDevice, reservation.partition}) {
+      reclaim_for_base(reservation.base, id, reservation.except);
+      is_awaited |= ledger_.uncommitted(id) < reservation.base;
+    }
+    is_short = ledger_.outside() > 0 && ledger_.uncommitted(Ledger::kDevice) < reservation.base;
+    return is_awaited ? first_retired() : std::nullopt;
+  };
+  do {
+    until_settled(step);
+  } while (is_short && relieve(reliefs, /*device_is_short=*/true));
 }
 
 std::size_t Manager::trim() {

@@ -274,6 +274,8 @@ void Manager::bring_back(Context& context) {
   Stopped victims(*this, /*victims=*/true);
   Need need{&context, 0, false, Clock::now() + claim_timeout_, /*returns=*/true};
   bool is_first = true;
+  Reliefs::Left reliefs;
+  bool is_relieved = false;  // nobody can do without something any more
   for (;;) {
     Round round(&context, victims, need.deadline);
     std::string why;
@@ -281,6 +283,7 @@ void Manager::bring_back(Context& context) {
     std::optional<Error> failure;
     bool is_chosen = true;
     bool is_possible = true;
+    bool asks_reliefs = false;
     {
       Lock lock(mutex_);
       const Ledger::Account& account = ledger_.account(context.id());
@@ -297,13 +300,14 @@ void Manager::bring_back(Context& context) {
         missing = missing_of(need);
         if (!missing.is_none()) awaited = first_retired();
       }
+      asks_reliefs = !missing.is_none() && !awaited && !is_relieved;
       std::vector<Eviction> evictions;
-      if (!missing.is_none() && !awaited) {
+      if (!missing.is_none() && !awaited && !asks_reliefs) {
         evictions = plan(need, missing, victims, why);
         is_possible = !evictions.empty();
         if (!is_possible && await_others(lock, need, victims)) continue;
       }
-      if (is_possible && !awaited) {
+      if (is_possible && !awaited && !asks_reliefs) {
         if (std::exchange(is_first, false)) {
           const ContextLock context_lock(context.mutex_);
           ++context.counters_.restores;
@@ -317,6 +321,10 @@ void Manager::bring_back(Context& context) {
       device_->synchronize_event(*awaited);
       const std::lock_guard lock(mutex_);
       collect_all_retired();
+      continue;
+    }
+    if (asks_reliefs) {
+      is_relieved = !relieve(reliefs, /*device_is_short=*/true);
       continue;
     }
     if (is_chosen && !round.pages.empty()) {

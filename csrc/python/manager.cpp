@@ -23,6 +23,14 @@ namespace {
 
 using Unlocked = py::call_guard<py::gil_scoped_release>;
 
+// Freed with the GIL, wherever the last one goes who has it.
+std::shared_ptr<py::object> kept_with_gil(py::object object) {
+  return {new py::object(std::move(object)), [](py::object* kept) {
+            const py::gil_scoped_acquire locked;
+            delete kept;
+          }};
+}
+
 void bind_records(py::module_& module) {
   py::class_<Context::Counters>(module, "Counters")
       .def_readonly("allocations", &Context::Counters::allocations)
@@ -195,12 +203,7 @@ void bind_manager(py::module_& module) {
               self.set_pressure_handler(nullptr);
               return;
             }
-            // Freed with the GIL, wherever the last one goes who has it.
-            const std::shared_ptr<py::object> kept(new py::object(std::move(handler)),
-                                                   [](py::object* object) {
-                                                     const py::gil_scoped_acquire locked;
-                                                     delete object;
-                                                   });
+            const auto kept = kept_with_gil(std::move(handler));
             const auto ask = [kept](const std::shared_ptr<Context>& context, std::size_t requested,
                                     std::size_t available) {
               const py::gil_scoped_acquire locked;
@@ -210,6 +213,20 @@ void bind_manager(py::module_& module) {
             self.set_pressure_handler(ask);
           },
           py::arg("handler"))
+      .def(
+          "set_reliefs",
+          [](Manager& self, const std::vector<py::object>& reliefs) {
+            std::vector<Reliefs::Relief> asked;
+            for (const py::object& relief : reliefs) {
+              asked.emplace_back([kept = kept_with_gil(relief)](bool device_is_short) {
+                const py::gil_scoped_acquire locked;
+                return (*kept)(device_is_short).cast<bool>();
+              });
+            }
+            const py::gil_scoped_release unlocked;
+            self.set_reliefs(std::move(asked));
+          },
+          py::arg("reliefs"))
       .def_property_readonly("is_divided_up", py::cpp_function(&Manager::is_divided_up, Unlocked()))
       .def("give_way", &Manager::give_way, py::arg("bytes"), Unlocked())
       .def("usage", &Manager::usage, py::arg("context"), Unlocked())
