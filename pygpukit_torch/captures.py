@@ -5,30 +5,49 @@ captured on, wherever it is replayed, and ``torch.cuda.graph`` captures on one s
 everybody. As long as a CUDA device is initialized, in a session it captures on a stream of the
 context instead. ``reduce-overhead`` and ``make_graphed_callables`` capture through it, too. A
 replay is no operator: in contexts that yield it waits here.
+
+Torch takes a capture's pool before it begins to capture, and ends and releases it only if all goes
+well. So where a capture fails, or its graph goes in the middle of it, that is done here.
 """
 
+from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
 import torch
 
 from pygpukit_torch import native
 
+_Graph = torch.cuda.CUDAGraph
+
 _enter = torch.cuda.graph.__enter__
-_replay = torch.cuda.CUDAGraph.replay
+_begin = _Graph.capture_begin
+_end = _Graph.capture_end
+_reset = _Graph.reset
+_replay = _Graph.replay
 
 
 def attend_graphs() -> None:
     """From now on, graphs in sessions are captured and replayed as their contexts need it."""
-    torch.cuda.graph.__enter__ = _enter_on_own_stream  # type: ignore[method-assign]
-    torch.cuda.CUDAGraph.replay = _replay_in_turn  # type: ignore[method-assign]
+    for owner, name, _, ours in _wrapped():
+        setattr(owner, name, ours)
 
 
 def stop_attending_graphs() -> None:
     """Put back what was there, unless somebody else has wrapped it meanwhile."""
-    if torch.cuda.graph.__enter__ is _enter_on_own_stream:
-        torch.cuda.graph.__enter__ = _enter  # type: ignore[method-assign]
-    if torch.cuda.CUDAGraph.replay is _replay_in_turn:
-        torch.cuda.CUDAGraph.replay = _replay  # type: ignore[method-assign]
+    for owner, name, before, ours in _wrapped():
+        if getattr(owner, name) is ours:
+            setattr(owner, name, before)
+
+
+def _wrapped() -> list[tuple[type, str, Callable[..., Any], Callable[..., Any]]]:
+    return [
+        (torch.cuda.graph, "__enter__", _enter, _enter_on_own_stream),
+        (_Graph, "capture_begin", _begin, _begin_announced),
+        (_Graph, "capture_end", _end, _end_announced),
+        (_Graph, "reset", _reset, _reset_announced),
+        (_Graph, "replay", _replay, _replay_in_turn),
+    ]
 
 
 @wraps(_enter)
@@ -50,3 +69,61 @@ def _is_one_of(stream: torch.cuda.Stream | None, *handles: int) -> bool:
 def _replay_in_turn(self: torch.cuda.CUDAGraph) -> None:
     native.pass_gate()
     _replay(self)
+
+
+@wraps(_begin)
+def _begin_announced(self: _Graph, *args: Any, **kwargs: Any) -> None:
+    native.Capture.take_announced()  # one that was interrupted before it got here is abandoned
+    try:
+        _begin(self, *args, **kwargs)
+        # If the graph goes, so does this, and what it has not finished is abandoned.
+        self._pygpukit_capture = native.Capture.take_announced()  # type: ignore[attr-defined]
+    except BaseException:
+        capture = native.Capture.take_announced()
+        if capture is not None:
+            capture.abandon()
+        raise
+
+
+@wraps(_end)
+def _end_announced(self: _Graph) -> None:
+    try:
+        _end(self)
+    except BaseException:
+        _settle(self)
+        raise
+    _settle(self)
+
+
+@wraps(_reset)
+def _reset_announced(self: _Graph) -> None:
+    is_captured = _is_captured(self)
+    _reset(self)
+    # Torch has released the pool of a graph that was captured.
+    _settle(self, is_captured=is_captured)
+
+
+def _settle(graph: _Graph, *, is_captured: bool | None = None) -> None:
+    """Leave the pool to a graph that has it, or end what nobody else will.
+
+    A capture that still goes on, since ``capture_end`` was called on another stream, say, is left
+    as it is.
+    """
+    capture = graph.__dict__.get("_pygpukit_capture")
+    if capture is None:
+        return
+    if _is_captured(graph) if is_captured is None else is_captured:
+        capture.finish()
+    elif capture.goes_on:
+        return
+    else:
+        capture.abandon()
+    graph.__dict__["_pygpukit_capture"] = None
+
+
+def _is_captured(graph: _Graph) -> bool:
+    try:
+        graph.pool()
+    except RuntimeError:
+        return False
+    return True

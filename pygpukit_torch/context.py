@@ -110,7 +110,8 @@ class ExecutionContext:
             ContextDestroyedError: it has been destroyed.
         """
         self._require_alive()
-        return ContextUsage.of(self._runtime.manager.usage(self._native))
+        usage = self._runtime.manager.usage(self._native)
+        return ContextUsage.of(usage, self._runtime.backend.workspaces_of(usage))
 
     def memory_stats(self) -> dict[str, int]:
         """Counters since creation, by torch's names where torch has them.
@@ -202,6 +203,8 @@ class ExecutionContext:
 
         Raises:
             torch.OutOfMemoryError: there is no room; it can be tried again.
+            ContextBusyError: work of others did not let it come back in time; it can be tried
+                again.
             DeviceError: the device failed; it can be tried again.
             ContextDestroyedError: it has been destroyed.
         """

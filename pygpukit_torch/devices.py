@@ -1,7 +1,6 @@
 """The kinds of device: what has to be made and installed for contexts on each."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -31,8 +30,12 @@ class Backend(ABC):
         """Put torch's allocator back."""
 
     @abstractmethod
-    def context_destroyed(self, context: native.Context, others: Iterable[native.Context]) -> None:
-        """Give back what torch itself keeps of the context's memory, if ``others`` let it."""
+    def context_destroyed(self, context: native.Context) -> None:
+        """Give back what torch itself keeps of the context's memory."""
+
+    @abstractmethod
+    def workspaces_of(self, usage: native.Usage) -> int:
+        """Return the bytes of the context's memory that torch keeps for cuBLAS."""
 
 
 def open_backend(settings: Settings) -> Backend:
@@ -74,8 +77,11 @@ class _Host(Backend):
     def uninstall(self) -> None:
         native.uninstall_cpu_allocator()
 
-    def context_destroyed(self, context: native.Context, others: Iterable[native.Context]) -> None:
+    def context_destroyed(self, context: native.Context) -> None:
         pass
+
+    def workspaces_of(self, usage: native.Usage) -> int:
+        return 0
 
 
 class _Cuda(Backend):
@@ -104,14 +110,11 @@ class _Cuda(Backend):
         if self.settings.install:
             native.uninstall_cuda_allocator()
 
-    def context_destroyed(self, context: native.Context, others: Iterable[native.Context]) -> None:
-        # Torch keeps cuBLAS workspaces by stream, and can only give up all of them. A graph may
-        # hold their addresses, a session that runs be about to use them: then it is left to the
-        # next time.
-        if not context.used_bytes or native.has_cuda_pools():
-            return
-        if not any(other.sessions for other in others):
-            torch._C._cuda_clearCublasWorkspaces()
+    def context_destroyed(self, context: native.Context) -> None:
+        native.drop_workspaces_of(context)
+
+    def workspaces_of(self, usage: native.Usage) -> int:
+        return native.workspace_bytes_of(usage.id)
 
 
 class ContextAllocator(torch.cuda.memory.CUDAPluggableAllocator):

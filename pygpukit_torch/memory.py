@@ -44,6 +44,8 @@ class ContextUsage:
         peak: the highest ``used`` since creation or :meth:`ExecutionContext.reset_peak`.
         evicted: bytes whose contents are in host memory.
         available: what the context could allocate in addition now, by evicting others if need be.
+        workspaces: the part of ``used`` that torch keeps for cuBLAS: one for each thread that
+            computes on a stream, 32 MiB on a H100. Idle ones go before a request is refused.
     """
 
     used: int
@@ -53,9 +55,10 @@ class ContextUsage:
     peak: int
     evicted: int
     available: int
+    workspaces: int
 
     @classmethod
-    def of(cls, usage: native.Usage) -> "ContextUsage":
+    def of(cls, usage: native.Usage, workspaces: int) -> "ContextUsage":
         """Convert the native record."""
         return cls(
             used=usage.used,
@@ -65,4 +68,5 @@ class ContextUsage:
             peak=usage.peak,
             evicted=usage.evicted,
             available=usage.available,
+            workspaces=workspaces,
         )

@@ -40,7 +40,7 @@ def pin(tensor: torch.Tensor) -> Pin:
     Raises:
         TypeError: ``tensor`` is no tensor.
         ValueError: its memory is no context's.
-        torch.OutOfMemoryError, DeviceError: it cannot be brought back.
+        torch.OutOfMemoryError, ContextBusyError, DeviceError: it cannot be brought back.
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"expected a tensor, got {type(tensor).__name__} {tensor!r}")

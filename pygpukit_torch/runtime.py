@@ -101,8 +101,7 @@ class Runtime:
         with self.lock:
             self.manager.destroy_context(context._native)
             del self._contexts[context.name]
-            others = (other._native for other in self._contexts.values())
-            self.backend.context_destroyed(context._native, others)
+            self.backend.context_destroyed(context._native)
 
     def get(self, name: str) -> ExecutionContext:
         """Find a context by name. Raises ContextNotFoundError."""

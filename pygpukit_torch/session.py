@@ -187,7 +187,7 @@ class ContextSession(native.BoundSession):
     ) -> Coroutine[Any, Any, None]:
         return self._exit_for(_lasting(sys._getframe(1)), kind)
 
-    async def _let_in(self, ticket: native.SessionTicket | None) -> native.Job | None:
+    async def _let_in(self, ticket: native.SessionTicket | None) -> native.Hold | native.Job:
         """Suspend the task until it is its turn, and then until the context is there.
 
         Returns:
@@ -195,8 +195,8 @@ class ContextSession(native.BoundSession):
         """
         if ticket is not None:
             await event_loop.turn(ticket, self._timeout)
-        if self.context._native.is_ready:
-            return None
+        if (hold := native.Hold.take_if_ready(self.context._native)) is not None:
+            return hold
         job = native.Job.begin_session(self.context._native)  # it moves or is evicted
         await event_loop.finish(job)
         return job
@@ -205,12 +205,19 @@ class ContextSession(native.BoundSession):
         handle = self.context._native
         ticket = native.queue_up(handle)
         try:
-            _kept = None if ticket is None and handle.is_ready else await self._let_in(ticket)
+            # Until the entry does so itself: else somebody could evict it in between.
+            _kept: native.Hold | native.Job | None = None
+            if ticket is None:
+                _kept = native.Hold.take_if_ready(handle)
+            if _kept is None:
+                _kept = await self._let_in(ticket)
             entry = self._begin_in_task(ticket, frame)
         except BaseException:
             if ticket is not None:
                 ticket.end()
             raise
+        finally:
+            _kept = None  # not until somebody drops the traceback
         try:
             if entry.step:
                 self._move_step(entry)
@@ -308,8 +315,9 @@ class ContextSession(native.BoundSession):
                 self.exit()
 
         try:
-            _kept = await self._let_in(ticket)
+            _kept: native.Hold | native.Job | None = await self._let_in(ticket)
             hold = native.Hold(self.context._native)
+            _kept = None
             return await loop.run_in_executor(None, call)
         except BaseException:
             # It may be long before the executor drops what it will not call.

@@ -125,13 +125,24 @@ void Context::free(void* pointer) {
 }
 
 void Context::free_after(void* pointer, std::span<const StreamId> streams) {
+  free_by([&] {
+    for (const StreamId stream : streams) device_->announce(stream);
+    release(granule_of(pointer), streams);
+  });
+}
+
+void Context::free_after(void* pointer, EventId event) {
+  free_by([&] { release(granule_of(pointer), {}, event); });
+}
+
+template <typename Release>
+void Context::free_by(const Release& release) {
   std::shared_ptr<Manager> manager;
   const std::uint64_t id = account_;
   {
     const std::lock_guard lock(mutex_);
     if (state_ == State::forked) return;
-    for (const StreamId stream : streams) device_->announce(stream);
-    release(granule_of(pointer), streams);
+    release();
     ++counters_.frees;
     if (state_ == State::orphan) manager = manager_of_orphan_;
   }
@@ -155,7 +166,8 @@ void Context::record_use(const void* pointer, StreamId stream) {
     if (const auto manager = manager_.lock()) manager->join(*this);
 }
 
-void Context::release(std::uint32_t start, std::span<const StreamId> streams) {
+void Context::release(std::uint32_t start, std::span<const StreamId> streams,
+                      std::optional<EventId> of_all) {
   if (arena_.live_granules(start) == 0) {
     arena_.release(start);  // says what is wrong
     return;
@@ -171,6 +183,7 @@ void Context::release(std::uint32_t start, std::span<const StreamId> streams) {
     uses_.erase(uses);
   }
   std::for_each(streams.begin(), streams.end(), add);
+  if (of_all && !device_->is_done(*of_all)) fence.points.push_back({kNoStream, *of_all});
   if (fence.points.empty()) {
     arena_.release(start);
   } else {
@@ -209,7 +222,17 @@ std::optional<EventId> Context::awaited_event() const {
   for (const Retired& retired : retired_) return retired.event;
   for (const Fence& fence : fences_) {
     for (const Fence::Point& point : fence.points) {
-      if (point.event != 0) return point.event;
+      if (point.event != 0 && point.stream != kNoStream) return point.event;
+    }
+  }
+  return std::nullopt;
+}
+
+// The same, where all streams have to pass.
+std::optional<EventId> Context::event_of_all() const {
+  for (const Fence& fence : fences_) {
+    for (const Fence::Point& point : fence.points) {
+      if (point.stream == kNoStream) return point.event;
     }
   }
   return std::nullopt;

@@ -95,12 +95,17 @@ class Context : public std::enable_shared_from_this<Context> {
   void free(void* pointer);
   // As free(), for a block that the present work of `streams` may still use.
   void free_after(void* pointer, std::span<const StreamId> streams);
+  // The same for work on any stream, which is done with `event`. What needs the block waits for
+  // that last of all.
+  void free_after(void* pointer, EventId event);
   // Work that is on `stream` when the block is freed may still use it then. Nothing is noted if no
   // live block of this context starts at `pointer`. Waits for a move that is under way: see
   // Manager::join().
   void record_use(const void* pointer, StreamId stream);
   // For whoever divides segments further: counts what he takes with kNoStream and gives back.
   void count_segment(const void* pointer, bool taken);
+  // How many of torch's private pools are begun that may have to serve requests of its sessions.
+  std::atomic<int>& begun_pools() { return begun_pools_; }
   // The block's size, 0 if no live block of this context starts at `pointer`.
   std::size_t block_bytes(const void* pointer) const;
 
@@ -183,7 +188,7 @@ class Context : public std::enable_shared_from_this<Context> {
   };
 
   // A freed block and the streams that must pass. An event of 0 is still to be recorded: its
-  // stream was being captured.
+  // stream was being captured. kNoStream stands for all streams.
   struct Fence {
     struct Point {
       StreamId stream = kNoStream;
@@ -217,10 +222,14 @@ class Context : public std::enable_shared_from_this<Context> {
   bool close();
   std::optional<Arena::Lane> find_lane(StreamId stream) const;
   Arena::Lane lane_for(StreamId stream);
-  void release(std::uint32_t start, std::span<const StreamId> streams);
+  template <typename Release>
+  void free_by(const Release& release);
+  void release(std::uint32_t start, std::span<const StreamId> streams,
+               std::optional<EventId> of_all = std::nullopt);
   bool settle_fences();
   bool is_past(Fence::Point& point);
   std::optional<EventId> awaited_event() const;
+  std::optional<EventId> event_of_all() const;
   std::size_t retired_bytes() const;
   // With the manager's lock.
   std::size_t device_pages() const { return arena_.resident_pages() - evicted_pages_; }
@@ -254,6 +263,7 @@ class Context : public std::enable_shared_from_this<Context> {
   // In the order of use, of all contexts.
   static inline std::atomic<std::uint64_t> uses_of_all_{1};
   std::atomic<std::uint64_t> last_use_{next_use()};
+  std::atomic<int> begun_pools_{0};
   const bool is_on_host_;
   const std::shared_ptr<ComputeGate> gate_;
   Entrance entrance_;

@@ -187,6 +187,7 @@ class Manager : public std::enable_shared_from_this<Manager> {
   using Lock = std::unique_lock<std::mutex>;
   class Stopped;
   struct Need;
+  struct Return;
   struct Round;
   // What others must give up: anybody, and those of the claimant's partition.
   struct Missing {
@@ -295,8 +296,9 @@ class Manager : public std::enable_shared_from_this<Manager> {
   bool await_others(Lock& lock, const Need& need, Stopped& victims);
   bool may_try_again(Clock::time_point deadline, const Round& round,
                      const std::optional<Error>& failure, Stopped& victims, std::string& why);
-  void bring_back(Context& context);
+  bool bring_back(Return& way, Stopped& self);
   bool relieve(Reliefs::Left& left, bool device_is_short);
+  bool await_all_streams(const Context& context);
   bool ask(Context& context, std::size_t bytes, std::size_t available);
   std::string host_memory_is_full() const;
   std::string holdings(const DeviceUsage& device) const;

@@ -46,7 +46,7 @@ void Manager::evict_context(Context& context) {
     }
     const auto failure = carry_out(round);
     std::string why;
-    if (round.has_moved()) deadline = Clock::now() + claim_timeout_;
+    deadline += round.time_for_moved();
     if (failure && !may_try_again(deadline, round, failure, stopped, why)) {
       throw Error(failure->code(), refused + why);
     }
@@ -74,14 +74,14 @@ void Manager::pin(Context& context) {
 void Manager::pin_orphan(Context& context) {
   const Blocking blocking;
   Stopped self(*this, /*victims=*/false);
-  {
+  Return way(*this, context);
+  do {
     Lock lock(mutex_);
     require_usable();
     do {
       wait_until_still(lock, context);
     } while (!self.stop(context, /*even_if_used=*/true));
-  }
-  bring_back(context);
+  } while (!bring_back(way, self));
   const std::lock_guard lock(mutex_);
   ++context.pins_;
 }

@@ -77,6 +77,7 @@ struct Manager::Round {
   // freed is soon somebody else's.
   static constexpr std::size_t kMostPages = 16;
   static constexpr std::chrono::nanoseconds kLeastPatience = std::chrono::milliseconds(1);
+  static constexpr std::chrono::nanoseconds kTimePerGiB = std::chrono::seconds(4);
 
   std::vector<Page> pages;
   std::size_t outs = 0;
@@ -91,12 +92,30 @@ struct Manager::Round {
             kLeastPatience)) {
     pages.reserve(2 * kMostPages);
   }
-  // Whether any of its pages is where it was to come.
-  bool has_moved() const {
-    return std::any_of(pages.begin(), pages.end(), [](const Page& page) { return page.move.done; });
+  // How much longer its deadline is for what has come where it was to come: by that, what waits for
+  // work of others ends also if it gets on, only slowly.
+  std::chrono::nanoseconds time_for_moved() const {
+    std::size_t bytes = 0;
+    for (const Page& page : pages) bytes += page.move.done ? page.move.from.bytes : 0;
+    return kTimePerGiB / 1024 * (bytes / (std::size_t{1} << 20));
   }
   std::size_t outs_left() const { return kMostPages - outs; }
   std::size_t ins_left() const { return kMostPages - (pages.size() - outs); }
+};
+
+// A context on its way back, over all tries.
+struct Manager::Return {
+  Context& context;
+  Stopped victims;
+  Need need;
+  bool is_first = true;
+  Reliefs::Left reliefs;
+  bool is_relieved = false;  // nobody can do without something any more
+
+  Return(Manager& manager, Context& context)
+      : context(context),
+        victims(manager, /*victims=*/true),
+        need{&context, 0, false, Clock::now() + manager.claim_timeout_, /*returns=*/true} {}
 };
 
 }  // namespace pgk

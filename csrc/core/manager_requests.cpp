@@ -69,11 +69,17 @@ void* Manager::allocate_slow(Context& context, std::size_t bytes, StreamId strea
       continue;
     }
     if (relieve(reliefs, /*device_is_short=*/!why.empty())) continue;
-    if (!others_can_help) return nullptr;
+    if (!others_can_help) {
+      if (await_all_streams(context)) continue;
+      return nullptr;
+    }
     if (!need.of_base && !is_asked) {
       if (available < need.room) {
         // Not before it is known who can give way.
-        if (!others_move) return explained(need, why);
+        if (!others_move) {
+          if (await_all_streams(context)) continue;
+          return explained(need, why);
+        }
         Lock lock(mutex_);
         if (stopped_victims_ > 0) moved_.wait_until(lock, need.deadline);
         if (Clock::now() >= need.deadline) return nullptr;
@@ -99,6 +105,18 @@ std::uint32_t Manager::obtain(Context& context, std::uint32_t granules, Arena::L
   if (start != Arena::kNone) return start;
   collect_retired(context);
   return grow(context, granules, lane) ? serve() : Arena::kNone;
+}
+
+// For memory of its own that work on any stream may still use; false if there is none. Without any
+// lock.
+bool Manager::await_all_streams(const Context& context) {
+  std::optional<EventId> event;
+  {
+    const ContextLock lock(context.mutex_);
+    event = context.event_of_all();
+  }
+  if (event) device_->synchronize_event(*event);
+  return event.has_value();
 }
 
 // Before others give way. Without any lock.

@@ -150,7 +150,8 @@ bool Manager::may_try_again(Clock::time_point deadline, const Round& round,
     const auto limit = std::chrono::duration_cast<std::chrono::milliseconds>(claim_timeout_);
     const std::string time = std::to_string(limit.count()) + " ms";
     why = failure
-              ? "nothing could be moved for " + time + ": " + failure->what()
+              ? "it took longer than claim_timeout allows (" + time +
+                    ", and 4 s a GiB): " + failure->what()
               : "context '" + round.in_use->name() + "' is in use and did not yield within " + time;
     return false;
   }
@@ -198,7 +199,7 @@ bool Manager::make_room(Need need, std::string& why) {
       settle(round, 0);
     }
     const bool is_progress = !failure && !round.pages.empty() && !round.in_use;
-    if (round.has_moved()) need.deadline = Clock::now() + claim_timeout_;
+    need.deadline += round.time_for_moved();
     if (!is_progress && is_chosen && !may_try_again(need.deadline, round, failure, victims, why))
       return false;
   }
@@ -230,9 +231,10 @@ bool Manager::give_way(std::size_t bytes) {
 void Manager::admit(Context& context, bool keeps_active) {
   const Blocking blocking;
   Stopped self(*this, /*victims=*/false);
-  bool is_evicted = true;
-  {
+  Return way(*this, context);
+  do {
     Lock lock(mutex_);
+    bool is_evicted = true;
     for (;;) {
       moved_.wait(lock, [&] {
         const bool is_kept_out = context.waiting_ > 0 || context.joins_ > 0;
@@ -249,10 +251,11 @@ void Manager::admit(Context& context, bool keeps_active) {
       is_evicted = device_->properties().can_hold || !is_used(context);
       if (!is_evicted || self.stop(context)) break;
     }
-    if (!is_evicted) begin_session(context, keeps_active);
-  }
-  if (!is_evicted) return;
-  bring_back(context);
+    if (!is_evicted) {
+      begin_session(context, keeps_active);
+      return;
+    }
+  } while (!bring_back(way, self));
   const std::lock_guard lock(mutex_);
   require_open(context);
   if ((context.sessions_.load() & Context::kMisplaced) != 0) replace_stream(context);
@@ -269,13 +272,12 @@ void Manager::begin_session(Context& context, bool keeps_active) {
   context.last_use_.store(Context::next_use(), std::memory_order_relaxed);
 }
 
-// Of a context that the caller has stopped. Out and in go together, as far as there is room.
-void Manager::bring_back(Context& context) {
-  Stopped victims(*this, /*victims=*/true);
-  Need need{&context, 0, false, Clock::now() + claim_timeout_, /*returns=*/true};
-  bool is_first = true;
-  Reliefs::Left reliefs;
-  bool is_relieved = false;  // nobody can do without something any more
+// Of a context that the caller has stopped, as `self`. Out and in go together, as far as there is
+// room. False if it has to be stopped again: a stream may wait for a thread that waits for it.
+bool Manager::bring_back(Return& way, Stopped& self) {
+  Context& context = way.context;
+  Stopped& victims = way.victims;
+  Need& need = way.need;
   for (;;) {
     Round round(&context, victims, need.deadline);
     std::string why;
@@ -291,7 +293,7 @@ void Manager::bring_back(Context& context) {
         const ContextLock context_lock(context.mutex_);
         need.room = context.live_pages(/*evicted=*/true).size() * context.page_bytes();
       }
-      if (need.room == 0) return;
+      if (need.room == 0) return true;
       need.of_base = account.resident + need.room <= account.base;
       Missing missing = missing_of(need);
       if (!missing.is_none() && obtainable(context, need.of_base, standings(&context, &victims),
@@ -300,7 +302,7 @@ void Manager::bring_back(Context& context) {
         missing = missing_of(need);
         if (!missing.is_none()) awaited = first_retired();
       }
-      asks_reliefs = !missing.is_none() && !awaited && !is_relieved;
+      asks_reliefs = !missing.is_none() && !awaited && !way.is_relieved;
       std::vector<Eviction> evictions;
       if (!missing.is_none() && !awaited && !asks_reliefs) {
         evictions = plan(need, missing, victims, why);
@@ -308,7 +310,7 @@ void Manager::bring_back(Context& context) {
         if (!is_possible && await_others(lock, need, victims)) continue;
       }
       if (is_possible && !awaited && !asks_reliefs) {
-        if (std::exchange(is_first, false)) {
+        if (std::exchange(way.is_first, false)) {
           const ContextLock context_lock(context.mutex_);
           ++context.counters_.restores;
         }
@@ -324,7 +326,7 @@ void Manager::bring_back(Context& context) {
       continue;
     }
     if (asks_reliefs) {
-      is_relieved = !relieve(reliefs, /*device_is_short=*/true);
+      way.is_relieved = !relieve(way.reliefs, /*device_is_short=*/true);
       continue;
     }
     if (is_chosen && !round.pages.empty()) {
@@ -333,11 +335,18 @@ void Manager::bring_back(Context& context) {
       settle(round, 0);
     }
     const bool is_progress = !is_chosen || (!failure && !round.pages.empty());
-    if (round.has_moved()) need.deadline = Clock::now() + claim_timeout_;
-    if (!is_progress && !may_try_again(need.deadline, round, failure, victims, why)) {
-      const bool is_device = failure && failure->code() == ErrorCode::device;
-      refuse_restore(context, why, is_device ? ErrorCode::device : ErrorCode::out_of_memory);
+    need.deadline += round.time_for_moved();
+    if (is_progress && Clock::now() < need.deadline) continue;
+    if (is_progress) failure = Error(ErrorCode::busy, "work of others had to be waited for");
+    {
+      const std::lock_guard lock(mutex_);
+      self.let_go();
     }
+    if (!may_try_again(need.deadline, round, failure, victims, why)) {
+      const bool is_short = !failure || failure->code() == ErrorCode::out_of_memory;
+      refuse_restore(context, why, is_short ? ErrorCode::out_of_memory : failure->code());
+    }
+    return false;
   }
 }
 

@@ -196,7 +196,8 @@ void Manager::refuse(Context& context, std::size_t bytes, const std::string& sai
 void Manager::refuse_restore(Context& context, const std::string& why, ErrorCode code) {
   const std::size_t evicted = usage(context).evicted;
   throw Error(code, "context '" + context.name() + "' cannot be brought back: " +
-                        format_bytes(evicted) + " of it are in host memory, and there is no room" +
+                        format_bytes(evicted) + " of it are in host memory" +
+                        (code == ErrorCode::out_of_memory ? ", and there is no room" : "") +
                         (why.empty() ? "" : ": " + why) + "." + holdings(device_usage()));
 }
 

@@ -12,6 +12,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <unordered_map>
 #include <utility>
 
 #include "core/context.h"
@@ -70,10 +71,18 @@ class Hold {
     context_->begin_session(true);
   }
   ~Hold() { context_->end_session(); }
+  // Null where that would wait or refuse.
+  static std::unique_ptr<Hold> take_if_ready(std::shared_ptr<Context> context) {
+    if (!context->try_begin_session(true)) return nullptr;
+    return std::unique_ptr<Hold>(new Hold(std::move(context), Begun{}));
+  }
   Hold(const Hold&) = delete;
   Hold& operator=(const Hold&) = delete;
 
  private:
+  struct Begun {};
+  Hold(std::shared_ptr<Context> context, Begun /*begun*/) : context_(std::move(context)) {}
+
   std::shared_ptr<Context> context_;
 };
 
@@ -134,6 +143,11 @@ class Step {
 
 // Those of the entries that the calling thread itself has.
 SessionTicket::List tickets_of_thread();
+
+// The calling thread's number, which no other has or gets.
+std::uint64_t this_thread_number();
+// The context that each thread works in, null for none, of all that live and have entered one.
+std::unordered_map<std::uint64_t, const Context*> contexts_of_threads();
 
 // For the fork guard only.
 void lock_sessions();

@@ -46,6 +46,19 @@ SessionTicket::List tickets_of_thread() {
   return tickets;
 }
 
+std::uint64_t this_thread_number() {
+  return detail::thread_entries().number;
+}
+
+std::unordered_map<std::uint64_t, const Context*> contexts_of_threads() {
+  std::unordered_map<std::uint64_t, const Context*> contexts;
+  const std::lock_guard lock(registry().mutex);
+  for (const ThreadEntries* thread : registry().threads) {
+    contexts.emplace(thread->number, thread->current->load(std::memory_order_relaxed));
+  }
+  return contexts;
+}
+
 void lock_sessions() {
   registry().mutex.lock();
   for (ThreadEntries* thread : registry().threads) thread->mutex.lock();

@@ -20,19 +20,20 @@ constexpr auto kLookAgain = 500us;
 
 }  // namespace
 
-void CudaCaptures::begin(CUstream stream) {
+void CudaCaptures::begin(CUstream stream, const std::vector<CUstream>& known) {
   Lock lock(mutex_);
   const auto polite_until = Clock::now() + kPoliteness;
   changed_.wait_until(lock, polite_until, [this] { return keepers_ == 0 && waiting_ == 0; });
   if (!changed_.wait_for(lock, kLongestHold, [this] { return keepers_ == 0; })) {
     throw Error(ErrorCode::busy, "cuda: a capture cannot begin while memory is being moved");
   }
-  captures_.push_back({stream, std::this_thread::get_id(), Clock::now(), mark(stream)});
+  captures_.push_back({stream, std::this_thread::get_id(), Clock::now(), mark(known)});
 }
 
 void CudaCaptures::end(CUstream stream) {
   {
-    const std::lock_guard lock(mutex_);
+    Lock lock(mutex_);
+    changed_.wait_for(lock, kLongestHold, [this] { return keepers_ == 0; });
     for (Capture& capture : captures_) {
       if (capture.stream == stream) capture.stream = nullptr;
     }
@@ -41,15 +42,36 @@ void CudaCaptures::end(CUstream stream) {
   changed_.notify_all();
 }
 
-// Null if it has nothing to do.
-CUevent CudaCaptures::mark(CUstream stream) const {
-  CUevent event = nullptr;
-  if (driver_.cuStreamQuery_fn(stream) == CUDA_SUCCESS) return nullptr;
-  driver_.check(driver_.cuEventCreate_fn(&event, CU_EVENT_DISABLE_TIMING), "capture (event)");
-  const CUresult result = driver_.cuEventRecord_fn(event, stream);
-  if (result != CUDA_SUCCESS) driver_.cuEventDestroy_fn(event);
-  driver_.check(result, "capture (record)");
-  return event;
+std::vector<CUevent> CudaCaptures::mark(const std::vector<CUstream>& streams) const {
+  std::vector<CUevent> events;
+  try {
+    for (CUstream stream : streams) {
+      // To ask a captured one would break that capture.
+      CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
+      const CUresult asked = driver_.cuStreamIsCapturing_fn(stream, &status);
+      if (asked != CUDA_SUCCESS || status != CU_STREAM_CAPTURE_STATUS_NONE) continue;
+      if (driver_.cuStreamQuery_fn(stream) != CUDA_ERROR_NOT_READY) continue;
+      CUevent event = nullptr;
+      driver_.check(driver_.cuEventCreate_fn(&event, CU_EVENT_DISABLE_TIMING), "capture (event)");
+      events.push_back(event);
+      driver_.check(driver_.cuEventRecord_fn(event, stream), "capture (record)");
+    }
+  } catch (...) {
+    forget(events);
+    throw;
+  }
+  return events;
+}
+
+void CudaCaptures::forget(std::vector<CUevent>& events) const {
+  for (CUevent event : events) driver_.cuEventDestroy_fn(event);
+  events.clear();
+}
+
+bool CudaCaptures::is_past(const std::vector<CUevent>& events) const {
+  return std::none_of(events.begin(), events.end(), [this](CUevent event) {
+    return driver_.cuEventQuery_fn(event) == CUDA_ERROR_NOT_READY;
+  });
 }
 
 bool CudaCaptures::is_over(Capture& capture) const {
@@ -64,7 +86,7 @@ bool CudaCaptures::is_over(Capture& capture) const {
 void CudaCaptures::forget_ended() {
   std::erase_if(captures_, [this](Capture& capture) {
     if (!is_over(capture)) return false;
-    if (capture.before != nullptr) driver_.cuEventDestroy_fn(capture.before);
+    forget(capture.before);
     return true;
   });
 }
@@ -86,8 +108,7 @@ void CudaCaptures::await(Lock& lock, Clock::time_point deadline) {
     forget_ended();
     const bool is_beside = is_beside_locked();
     const auto is_in_the_way = [&](const Capture& capture) {
-      return !is_beside || (capture.before != nullptr &&
-                            driver_.cuEventQuery_fn(capture.before) == CUDA_ERROR_NOT_READY);
+      return !is_beside || !is_past(capture.before);
     };
     const auto other = std::find_if(captures_.begin(), captures_.end(), is_in_the_way);
     if (other == captures_.end()) return;

@@ -52,9 +52,10 @@ class CudaCaptures {
 
   explicit CudaCaptures(const CudaDriver& driver) : driver_(driver) {}
 
-  // The calling thread is about to capture on `stream`. Waits while captures are kept out. Throws
-  // ErrorCode::busy if that does not end.
-  void begin(CUstream stream);
+  // The calling thread is about to capture on `stream`, which others of these may join. Waits while
+  // captures are kept out. Throws ErrorCode::busy if that does not end.
+  void begin(CUstream stream, const std::vector<CUstream>& known);
+  // Waits for what goes on beside it, which leaves captured streams alone.
   void end(CUstream stream);
   // Waits for captures to end; beside one only for what its stream was given before. Throws
   // Restless.
@@ -69,7 +70,7 @@ class CudaCaptures {
     CUstream stream = nullptr;
     std::thread::id thread;
     Clock::time_point announced_at;
-    CUevent before = nullptr;  // what its stream had been given then
+    std::vector<CUevent> before;  // what streams had been given then
     bool has_begun = false;
   };
   using Lock = std::unique_lock<std::mutex>;
@@ -79,7 +80,9 @@ class CudaCaptures {
   void forget_ended();
   bool is_over(Capture& capture) const;
   bool is_beside_locked() const;
-  CUevent mark(CUstream stream) const;
+  std::vector<CUevent> mark(const std::vector<CUstream>& streams) const;
+  void forget(std::vector<CUevent>& events) const;
+  bool is_past(const std::vector<CUevent>& events) const;
 
   const CudaDriver& driver_;
   mutable std::mutex mutex_;

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <unordered_map>
 #include <vector>
 
@@ -51,6 +52,8 @@ class CudaDevice final : public Device, public std::enable_shared_from_this<Cuda
   // may block; throws ErrorCode::busy if it was in vain.
   void begin_capture(StreamId stream);
   void end_capture(StreamId stream) { captures_.end(handle_of(stream)); }
+  // Of one on `stream` that nobody will end any more, should it go on.
+  void abandon_capture(StreamId stream);
   using BesideCapture = CudaCaptures::Beside;
   void await_captures(std::chrono::nanoseconds patience) override;
   bool is_beside_capture() override { return captures_.is_beside(); }
@@ -59,13 +62,23 @@ class CudaDevice final : public Device, public std::enable_shared_from_this<Cuda
     CUcontext current = nullptr;
     return driver_.cuCtxGetCurrent_fn(&current) == CUDA_SUCCESS && current == context_;
   }
+  // Done once all work that any stream was given before is done. Null while something is captured,
+  // which it would break. Drivers that cannot tell (before CUDA 12.5) have it wait for all.
+  std::optional<EventId> record_all();
+  // Memory outside of contexts, as cudaMalloc's; null if there is none. Giving it back waits for
+  // the device.
+  void* allocate_plain(std::size_t bytes);
+  void free_plain(void* pointer);
   // Between this device and another one, in either direction, on a stream of the source's device.
   // Needs no peer access, which mapped memory does not have.
   void copy_between(Address destination, int destination_ordinal, Address source,
                     int source_ordinal, std::size_t bytes, StreamId stream);
 
  private:
-  class Scope;
+  class Scope : public CudaScope {
+   public:
+    explicit Scope(const CudaDevice& device) : CudaScope(device.driver_, device.context_) {}
+  };
 
   void prepare_moves();
 

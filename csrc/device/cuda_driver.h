@@ -31,6 +31,8 @@
   X(cuMemSetAccess)                    \
   X(cuMemUnmap)                        \
   X(cuMemGetInfo)                      \
+  X(cuMemAlloc)                        \
+  X(cuMemFree)                         \
   X(cuMemHostAlloc)                    \
   X(cuMemFreeHost)                     \
   X(cuMemcpyAsync)                     \
@@ -38,6 +40,7 @@
   X(cuStreamCreateWithPriority)        \
   X(cuStreamDestroy)                   \
   X(cuStreamIsCapturing)               \
+  X(cuStreamEndCapture)                \
   X(cuStreamQuery)                     \
   X(cuStreamSynchronize)               \
   X(cuStreamWaitEvent)                 \
@@ -50,7 +53,8 @@
   X(cuModuleLoadData)                  \
   X(cuModuleUnload)                    \
   X(cuModuleGetFunction)               \
-  X(cuLaunchKernel)
+  X(cuLaunchKernel)                    \
+  X(cuGraphDestroy)
 
 // Those that not every driver has, with the version of the driver API that brought them.
 #define PGK_CUDA_LATER_FUNCTIONS(X)     \
@@ -59,6 +63,7 @@
   X(cuDevResourceGenerateDesc, 12040)   \
   X(cuGreenCtxCreate, 12040)            \
   X(cuGreenCtxStreamCreate, 12050)      \
+  X(cuCtxRecordEvent, 12050)            \
   X(cuCtxWaitEvent, 12050)
 
 namespace pgk {

@@ -5,6 +5,15 @@
 namespace pgk {
 
 EventId CudaEvents::record(CUstream stream) {
+  return record_by([&](CUevent event) { return driver_.cuEventRecord_fn(event, stream); });
+}
+
+EventId CudaEvents::record_all(CUcontext context) {
+  return record_by([&](CUevent event) { return driver_.cuCtxRecordEvent_fn(context, event); });
+}
+
+template <typename Record>
+EventId CudaEvents::record_by(const Record& record) {
   const std::lock_guard lock(mutex_);
   // Events that were only waited for on the device are never asked about.
   if (pending_.size() >= sweep_at_) sweep();
@@ -15,7 +24,7 @@ EventId CudaEvents::record(CUstream stream) {
         "record");
     idle_.push_back(event);
   }
-  driver_.check(driver_.cuEventRecord_fn(idle_.back(), stream), "record");
+  driver_.check(record(idle_.back()), "record");
   pending_.emplace(next_, idle_.back());
   idle_.pop_back();
   return next_++;

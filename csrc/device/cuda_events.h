@@ -19,11 +19,15 @@ class CudaEvents {
 
   // As Device's functions of these names.
   EventId record(CUstream stream);
+  // Of all streams of the context at once.
+  EventId record_all(CUcontext context);
   void wait(CUstream stream, EventId event);
   bool is_done(EventId event);
   void synchronize(EventId event);
 
  private:
+  template <typename Record>
+  EventId record_by(const Record& record);
   CUevent pending(EventId event) const;
   void retire(EventId event);
   void sweep();

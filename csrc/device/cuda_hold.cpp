@@ -4,6 +4,7 @@
 #include <string>
 #include <thread>
 
+#include "core/error.h"
 #include "device/waiters.h"
 
 namespace pgk {
@@ -98,7 +99,6 @@ void CudaHold::hold_all(const Work& work, const Terms& terms) {
   const std::vector<CUstream> patient = active(terms, /*patient_ones=*/true);
   std::vector<CUstream> others = active(terms, /*patient_ones=*/false);
   await_backlog(patient, terms.patience);
-  probe();
 
   const std::size_t most = holds_.most_stops();
   // Whoever stands still for long must not take all hardware queues.
@@ -110,6 +110,8 @@ void CudaHold::hold_all(const Work& work, const Terms& terms) {
     stopped = stop({patient.begin(), beyond});
     await_stops(stopped);
   }
+  // Only now: those that stand still may have taken the hardware queues of ours.
+  probe();
   others.insert(others.end(), beyond, patient.end());
   // Where there is but one hardware queue, everybody would wait behind our work.
   const bool is_early = most > 0;
@@ -142,8 +144,13 @@ void CudaHold::stop_each(const Work& work, const Terms& terms) {
   };
   const std::vector<CUstream> streams = running();
   if (streams.size() > holds_.most_stops()) {
-    // Each would block a hardware queue until none is left, and ours with them.
-    give_up(streams.front(), "is one of more than can be stopped at a time");
+    // Each would block a hardware queue until none is left, and ours with them. That will not
+    // change, so it is not tried again.
+    throw Error(ErrorCode::out_of_memory,
+                "cuda: while a graph is captured, or on a driver older than that of CUDA 12.5, " +
+                    std::to_string(holds_.most_stops()) +
+                    " streams can be held at a time, and there are " +
+                    std::to_string(streams.size()));
   }
   await_backlog(streams, terms.patience);
   probe();
@@ -152,8 +159,10 @@ void CudaHold::stop_each(const Work& work, const Terms& terms) {
   watch_for(kLongestStop, nullptr);
   submit(work);
   await_stops(stop(streams));
-  // One that has come to be known meanwhile is not stopped.
-  if (running().size() > streams.size()) give_up(nullptr, "another stream came to be known");
+  for (CUstream stream : running()) {
+    const bool is_stopped = std::find(streams.begin(), streams.end(), stream) != streams.end();
+    if (!is_stopped) give_up(stream, "came to be known, or its capture ended, meanwhile");
+  }
 }
 
 // Until they have done what they hold now.

@@ -28,6 +28,7 @@ constexpr std::size_t kSmallBatch = 32 * kMiB;
 // How long it is before streams that did not come to rest are held again, at first and at most.
 constexpr auto kFirstPause = std::chrono::microseconds(100);
 constexpr auto kLongestPause = std::chrono::milliseconds(8);
+constexpr auto kLeastTurn = std::chrono::milliseconds(100);  // to wait for another move
 // Our work waits in its hardware queue meanwhile, and cudaFree for our work.
 constexpr auto kLongestLull = std::chrono::milliseconds(10);
 
@@ -72,7 +73,10 @@ void CudaMover::prepare() {
 }
 
 void CudaMover::move(std::span<Move> moves, const Manner& manner, const Asks& asks) {
-  const std::lock_guard lock(mutex_);
+  // Whoever waits has stopped contexts, which others may wait for.
+  const std::unique_lock lock(mutex_,
+                              std::max<std::chrono::nanoseconds>(manner.patience, kLeastTurn));
+  if (!lock) throw Restless(kNoStream, "cuda: other pages are being moved");
   prepare();
   is_waited_for_ = false;
   // However this ends, nothing may write to handles afterwards.

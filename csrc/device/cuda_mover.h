@@ -44,8 +44,8 @@ class CudaMover {
 
   // Compiles the kernel of comparisons, which takes some tenths of a second, unless it has been.
   void prepare();
-  // Device::move(), prepared or not. One call at a time, others wait for it; none of them has a
-  // lock meanwhile that it could need.
+  // Device::move(), prepared or not. One call at a time, others wait for it, no longer than for
+  // streams; none of them has a lock meanwhile that it could need.
   void move(std::span<Move> moves, const Manner& manner, const Asks& asks);
 
  private:
@@ -96,7 +96,7 @@ class CudaMover {
   CUdevice ordinal_;
   CudaMappings& mappings_;
   CudaCaptures& captures_;
-  std::mutex mutex_;
+  std::timed_mutex mutex_;
   CudaHolds holds_;
   bool is_waited_for_ = false;  // streams at work, by the last hold
   CudaStaging staging_;

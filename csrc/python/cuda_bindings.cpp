@@ -1,6 +1,8 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
+#include <utility>
 
 #include "device/cuda_device.h"
 #include "python/bindings.h"
@@ -10,6 +12,32 @@
 namespace py = pybind11;
 
 namespace pgk::python {
+
+namespace {
+
+// What torch announced as a capture, with the graph that is to have it.
+class Capture {
+ public:
+  explicit Capture(CudaPools::Announced announced) : announced_(std::move(announced)) {}
+  ~Capture() { abandon(); }
+  Capture(const Capture&) = delete;
+  Capture& operator=(const Capture&) = delete;
+
+  static std::unique_ptr<Capture> take_announced() {
+    auto announced = take_announced_capture();
+    return announced ? std::make_unique<Capture>(std::move(*announced)) : nullptr;
+  }
+  bool goes_on() const { return announced_ && announced_->on->is_capturing(announced_->stream); }
+  void finish() { announced_.reset(); }
+  void abandon() {
+    if (announced_) abandon_capture(*std::exchange(announced_, std::nullopt));
+  }
+
+ private:
+  std::optional<CudaPools::Announced> announced_;
+};
+
+}  // namespace
 
 void bind_cuda(py::module_& module) {
   py::class_<CudaDevice, Device, std::shared_ptr<CudaDevice>>(module, "CudaDevice")
@@ -27,7 +55,17 @@ void bind_cuda(py::module_& module) {
   module.def("install_cuda_allocator", &install_cuda_allocator);
   module.def("uninstall_cuda_allocator", &uninstall_cuda_allocator);
   module.def("serve_contexts_of", &serve_contexts_of, py::arg("manager").none(false));
-  module.def("has_cuda_pools", &has_cuda_pools);
+  module.def("drop_workspaces_of", py::overload_cast<const Context&>(&pgk::drop_workspaces_of),
+             py::arg("context"), py::call_guard<py::gil_scoped_release>());
+  module.def("workspace_bytes_of", &workspace_bytes_of, py::arg("id"),
+             py::call_guard<py::gil_scoped_release>());
+
+  // Abandoned unless it is finished.
+  py::class_<Capture>(module, "Capture")
+      .def_static("take_announced", &Capture::take_announced)
+      .def_property_readonly("goes_on", &Capture::goes_on)
+      .def("finish", &Capture::finish)
+      .def("abandon", &Capture::abandon);
 }
 
 }  // namespace pgk::python

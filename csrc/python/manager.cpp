@@ -48,6 +48,7 @@ void bind_records(py::module_& module) {
       .def_readonly("move_nanoseconds", &Context::Counters::move_nanoseconds);
 
   py::class_<Usage>(module, "Usage")
+      .def_readonly("id", &Usage::id)
       .def_readonly("name", &Usage::name)
       .def_readonly("partition", &Usage::partition)
       .def_readonly("tier", &Usage::tier)

@@ -98,7 +98,8 @@ void bind_session(py::module_& module) {
       .def_readonly("_timeout", &BoundSession::timeout);
 
   py::class_<Hold>(module, "Hold")
-      .def(py::init<std::shared_ptr<Context>>(), py::arg("context").none(false));
+      .def(py::init<std::shared_ptr<Context>>(), py::arg("context").none(false))
+      .def_static("take_if_ready", &Hold::take_if_ready, py::arg("context").none(false));
 
   py::class_<Job>(module, "Job")
       .def_static(

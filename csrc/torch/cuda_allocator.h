@@ -4,9 +4,13 @@
 
 #include <c10/cuda/CUDACachingAllocator.h>
 
+#include <cstddef>
+#include <cstdint>
 #include <memory>
+#include <optional>
 
 #include "core/manager.h"
+#include "torch/cuda_pools.h"
 
 namespace pgk {
 
@@ -21,7 +25,14 @@ void uninstall_cuda_allocator();
 // Whose contexts it serves; null for none. The manager's device is a CudaDevice.
 void serve_contexts_of(const std::shared_ptr<Manager>& manager);
 
-// Whether a graph or a MemPool is alive or being captured whose memory a context provides.
-bool has_cuda_pools();
+// See CudaPools.
+std::optional<CudaPools::Announced> take_announced_capture();
+void abandon_capture(const CudaPools::Announced& capture);
+void note_session_in_capture(StreamId stream, const std::shared_ptr<Context>& context);
+
+// Has torch let go of the workspaces that it keeps of a context in which nobody works any more,
+// unless a graph may hold them.
+void drop_workspaces_of(const Context& context);
+std::size_t workspace_bytes_of(std::uint64_t context_id);
 
 }  // namespace pgk

@@ -1,15 +1,17 @@
 #include "torch/cuda_pools.h"
 
+#include <ATen/core/CachingHostAllocator.h>
 #include <torch/csrc/cuda/CUDAPluggableAllocator.h>
 
 #include <algorithm>
 #include <exception>
-#include <utility>
 
 #include "core/address_table.h"
 #include "core/blocking.h"
 #include "core/error.h"
+#include "core/scope_exit.h"
 #include "core/session.h"
+#include "torch/cuda_report.h"
 #include "torch/cuda_streams.h"
 
 namespace pgk {
@@ -17,12 +19,41 @@ namespace {
 
 using Pluggable = torch::cuda::CUDAPluggableAllocator::CUDAPluggableAllocator;
 using Lock = std::lock_guard<std::recursive_mutex>;
+using Contexts = std::vector<std::shared_ptr<Context>>;
 
 // The sizes of native's segments (c10/cuda/CUDACachingAllocator.cpp).
 constexpr std::size_t kSmallRequest = MiB;
 constexpr std::size_t kSmallSegment = 2 * MiB;
 constexpr std::size_t kLargeRequest = 10 * MiB;
 constexpr std::size_t kLargeSegment = 20 * MiB;
+
+thread_local std::optional<CudaPools::Announced> announced;
+
+// How many pools are begun for the calling thread alone. Another thread may end one.
+struct OfThread {
+  std::shared_ptr<std::atomic<int>> count = std::make_shared<std::atomic<int>>(0);
+  OfThread();
+  ~OfThread();
+};
+thread_local const std::atomic<int>* count_of_thread = nullptr;
+
+OfThread::OfThread() {
+  count_of_thread = count.get();
+}
+
+OfThread::~OfThread() {
+  count_of_thread = nullptr;
+}
+
+// Native's, and the allocator of pinned memory, which has pools of the same ids.
+template <typename Call>
+void try_to(const Call& call) noexcept {
+  try {
+    call();
+  } catch (const std::exception&) {
+    // It did not come so far.
+  }
+}
 
 }  // namespace
 
@@ -39,11 +70,11 @@ void* take_segment(Context& context, std::size_t bytes) {
 
 void give_back_segment(Context& context, void* pointer) {
   context.count_segment(pointer, /*taken=*/false);
-  auto& device = static_cast<CudaDevice&>(context.device());
+  CudaDevice& device = cuda_device(context);
   try {
-    if (!CudaPools::in_use()) {
-      device.synchronize();
-      context.free(pointer);
+    // Any stream may have replayed a graph.
+    if (const auto event = device.record_all()) {
+      context.free_after(pointer, *event);
       return;
     }
   } catch (const Error&) {
@@ -63,18 +94,26 @@ std::size_t segment_bytes_for(std::size_t bytes) {
   return round_up(bytes, kSmallSegment);
 }
 
-// What native takes a pool's segments from. Called under native's lock. The context is that of the
-// thread that needs the segment, since a process's graph trees share one pool; without a session it
-// is the one in which the pool was made.
+std::shared_ptr<Context> working_context(int ordinal) {
+  const Context* current = current_context();
+  auto context = current == nullptr ? context_of_work(current_cuda_stream(ordinal))
+                                    : std::const_pointer_cast<Context>(current->shared_from_this());
+  const bool is_on_device =
+      context && !context->is_on_host() && cuda_device(*context).ordinal() == ordinal;
+  return is_on_device ? context : nullptr;
+}
+
+// What native takes a pool's segments from. Called under native's lock.
 class CudaPools::Provider final : public Pluggable {
  public:
-  explicit Provider(std::shared_ptr<Context> context)
+  explicit Provider(std::shared_ptr<CudaDevice> device)
       : Pluggable([](std::size_t, int, cudaStream_t) -> void* { return nullptr; },
                   [](void*, std::size_t, int, cudaStream_t) {}),
-        context_(std::move(context)) {}
+        device_(std::move(device)) {}
 
   void* raw_alloc(std::size_t bytes) override {
-    void* pointer = take_segment(provider(), bytes);
+    const auto context = working_context(device_->ordinal());
+    void* pointer = context ? take_segment(*context, bytes) : device_->allocate_plain(bytes);
     if (pointer != nullptr) ++count_;
     return pointer;
   }
@@ -83,57 +122,121 @@ class CudaPools::Provider final : public Pluggable {
   }
   void raw_delete(void* pointer) override {
     --count_;
-    give_back_segment(*AddressTable::segment_owner_of(pointer), pointer);
+    if (Context* owner = AddressTable::segment_owner_of(pointer)) {
+      give_back_segment(*owner, pointer);
+    } else {
+      device_->free_plain(pointer);
+    }
   }
-  std::string name() override { return "pygpukit_torch segments of " + context_->name(); }
+  std::string name() override { return "pygpukit_torch segments"; }
 
+  int ordinal() const { return device_->ordinal(); }
   std::size_t count() const { return count_; }
-  // What native's cudaFree would do under its lock, ahead of it: graphs may still be replaying.
-  void finish_work() const {
-    const Blocking blocking;
-    static_cast<CudaDevice&>(context_->device()).synchronize();
-  }
-  Context& provider() const {
-    Context* current = current_context();
-    return current != nullptr && current->thread_streams() == context_->thread_streams()
-               ? *current
-               : *context_;
-  }
 
  private:
-  std::shared_ptr<Context> context_;
+  std::shared_ptr<CudaDevice> device_;
   std::atomic<std::size_t> count_{0};
 };
 
-const CudaPools::Begun* CudaPools::find(cudaStream_t stream) const {
-  const Lock lock(mutex_);
-  // Native asks the latest first, too.
-  const auto it = std::find_if(captures_.rbegin(), captures_.rend(),
-                               [=](const Begun& begun) { return begun.filter(stream); });
-  return it == captures_.rend() ? nullptr : &*it;
+// Asking -----------------------------------------------------------------------------------------
+
+bool CudaPools::is_threads() {
+  return count_of_thread != nullptr && count_of_thread->load(std::memory_order_relaxed) != 0;
 }
 
-std::shared_ptr<Context> CudaPools::provider_of(cudaStream_t stream) const {
+CudaPools::Mark CudaPools::mark_of_thread() {
+  thread_local const OfThread own;
+  return Mark(own.count);
+}
+
+CudaPools::Mark CudaPools::mark_of(const std::shared_ptr<Context>& context) {
+  return Mark(std::shared_ptr<std::atomic<int>>(context, &context->begun_pools()));
+}
+
+const CudaPools::Begun* CudaPools::find(StreamId stream) const {
+  const Lock lock(mutex_);
+  // Native asks the latest first, too.
+  const auto it = std::find_if(begun_pools_.rbegin(), begun_pools_.rend(),
+                               [=](const Begun& begun) { return begun.filter(handle_of(stream)); });
+  return it == begun_pools_.rend() ? nullptr : &*it;
+}
+
+std::shared_ptr<Context> CudaPools::payer_of(StreamId stream) const {
   const Lock lock(mutex_);
   const Begun* begun = find(stream);
-  if (begun == nullptr) return nullptr;
-  const auto bound = bound_.find(begun->id);
-  return bound == bound_.end() ? nullptr : bound->second.provider->provider().shared_from_this();
+  const auto pool = begun == nullptr ? pools_.end() : pools_.find(begun->key);
+  if (pool == pools_.end() || !pool->second.provider) return nullptr;
+  return working_context(pool->second.provider->ordinal());
+}
+
+bool CudaPools::is_captured() const {
+  return std::any_of(begun_pools_.begin(), begun_pools_.end(),
+                     [](const Begun& begun) { return begun.is_capture; });
+}
+
+bool CudaPools::has_captured(const Context& context) const {
+  const Lock lock(mutex_);
+  return std::any_of(pools_.begin(), pools_.end(), [&](const auto& entry) {
+    const Contexts& contexts = entry.second.captured_in;
+    return std::any_of(contexts.begin(), contexts.end(),
+                       [&](const auto& known) { return known.get() == &context; });
+  });
+}
+
+std::size_t CudaPools::unused_bytes_of(const Context& context) const {
+  std::size_t bytes = 0;
+  const Lock lock(mutex_);
+  for (const auto& [key, pool] : pools_) {
+    if (!pool.provider || pool.provider->count() == 0) continue;
+    const auto snapshot = native_->snapshot(key.second, /*include_traces=*/false);
+    for (const auto& segment : snapshot.segments) {
+      const auto* address = reinterpret_cast<const void*>(segment.address);
+      if (AddressTable::segment_owner_of(address) != &context) continue;
+      bytes += segment.total_size - segment.allocated_size;
+    }
+  }
+  return bytes;
 }
 
 // 0 also for a pool that does not exist, which native only tells by an error.
-int CudaPools::use_count(c10::DeviceIndex device, c10::MempoolId_t id) const {
+int CudaPools::use_count(const Key& key) const {
   try {
-    return native_->getPoolUseCount(device, id);
+    return native_->getPoolUseCount(key.first, key.second);
   } catch (const c10::Error&) {
     return 0;
   }
 }
 
-bool CudaPools::any() const {
-  const Lock lock(mutex_);
-  return !references_.empty();
+// Made -------------------------------------------------------------------------------------------
+
+// Makes a pool that does not exist yet. False if it does, or nobody provides.
+bool CudaPools::provide(const Key& key, const std::shared_ptr<CudaDevice>& served,
+                        bool has_own_reference) {
+  if (!served || pools_.contains(key) || use_count(key) != 0) return false;
+  const auto provider = std::make_shared<Provider>(served);
+  ScopeExit undo([&] { pools_.erase(key); });
+  pools_[key] = {provider, 0, has_own_reference, {}};
+  native_->createOrIncrefPool(key.first, key.second, provider);
+  undo.dismiss();
+  return true;
 }
+
+void CudaPools::drop_own_reference(const Key& key) {
+  if (pools_.at(key).has_own_reference) native_->releasePool(key.first, key.second);
+  pools_.erase(key);
+}
+
+void CudaPools::create(c10::DeviceIndex device, Id id, std::shared_ptr<Native> allocator,
+                       const std::shared_ptr<CudaDevice>& served) {
+  const Lock lock(mutex_);
+  const Key key{device, id};
+  if (allocator || !provide(key, served, /*has_own_reference=*/false)) {
+    native_->createOrIncrefPool(device, id, std::move(allocator));
+  }
+  ++pools_[key].references;
+}
+
+// Begun ------------------------------------------------------------------------------------------
 
 CudaPools::Capture::Capture(std::shared_ptr<CudaDevice> on, StreamId stream)
     : device(std::move(on)), stream(stream) {
@@ -141,85 +244,145 @@ CudaPools::Capture::Capture(std::shared_ptr<CudaDevice> on, StreamId stream)
   device->begin_capture(stream);
 }
 
-void CudaPools::begin(c10::DeviceIndex device, c10::MempoolId_t id, Filter filter,
+void CudaPools::begin(c10::DeviceIndex device, Id id, Filter filter,
                       const std::shared_ptr<Context>& context,
                       const std::shared_ptr<CudaDevice>& served) {
+  const Key key{device, id};
+  const StreamId stream = current_cuda_stream(device);
   // A MemPool takes whatever its thread or stream asks for; a capture takes nothing yet, since it
   // only begins after this.
-  const StreamId stream = current_cuda_stream(device);
-  std::shared_ptr<Capture> capture;
-  if (served && !filter(handle_of(stream))) capture = std::make_shared<Capture>(served, stream);
-  const Lock lock(mutex_);
-  if (context && !bound_.contains(id) && use_count(device, id) == 0) {
-    const auto provider = std::make_shared<Provider>(context);
-    native_->createOrIncrefPool(device, id, provider);
-    bound_[id] = {provider, true};
+  Begun begun;
+  begun.key = key;
+  begun.filter = filter;
+  begun.is_capture = !filter(handle_of(stream));
+  if (begun.is_capture && served) begun.capture = std::make_shared<Capture>(served, stream);
+  if (!begun.is_capture && filter(handle_of(kNoStream))) {
+    begun.marks.push_back(mark_of_thread());
+  } else {
+    const auto owner = context_of_work(stream);
+    for (const auto& marked : {context, owner == context ? nullptr : owner}) {
+      if (marked) begun.marks.push_back(mark_of(marked));
+    }
   }
-  native_->beginAllocateToPool(device, id, filter);
-  ++references_[id];
-  captures_.push_back({id, std::move(filter), std::move(capture)});
+
+  const Lock lock(mutex_);
+  // Native says so only when it has counted another reference.
+  TORCH_CHECK(std::none_of(begun_pools_.begin(), begun_pools_.end(),
+                           [&](const Begun& other) { return other.key == key; }),
+              "beginAllocateToPool: already recording to mempool_id");
+  begun_pools_.reserve(begun_pools_.size() + 1);
+  const bool is_new = provide(key, served, /*has_own_reference=*/true);
+  try {
+    Pool& pool = pools_[key];
+    if (begun.is_capture && context) pool.captured_in.push_back(context);
+    native_->beginAllocateToPool(device, id, std::move(filter));
+    ++pool.references;
+  } catch (...) {
+    if (is_new) drop_own_reference(key);
+    throw;
+  }
+  begun.number = next_number_++;
+  if (begun.is_capture && served) {
+    announced = {
+        .device = device, .id = id, .number = begun.number, .stream = stream, .on = served};
+  }
+  begun_pools_.push_back(std::move(begun));
   ++begun_;
 }
 
-void CudaPools::end(c10::DeviceIndex device, c10::MempoolId_t id) {
-  const Lock lock(mutex_);
-  native_->endAllocateToPool(device, id);
-  begun_ -= static_cast<int>(
-      std::erase_if(captures_, [&](const Begun& entry) { return entry.id == id; }));
+// What they leave ends without the lock: a capture waits for moves that go on beside it.
+std::vector<CudaPools::Begun> CudaPools::forget(const Key& key) {
+  std::vector<Begun> ended;
+  std::erase_if(begun_pools_, [&](Begun& begun) {
+    const bool is_it = begun.key == key;
+    if (is_it) ended.push_back(std::move(begun));
+    return is_it;
+  });
+  begun_ -= static_cast<int>(ended.size());
+  return ended;
 }
 
-void CudaPools::create(c10::DeviceIndex device, c10::MempoolId_t id,
-                       std::shared_ptr<Native> allocator, const std::shared_ptr<Context>& context) {
-  const Lock lock(mutex_);
-  if (context && !allocator && !bound_.contains(id) && use_count(device, id) == 0) {
-    const auto provider = std::make_shared<Provider>(context);
-    native_->createOrIncrefPool(device, id, provider);
-    bound_[id] = {provider, false};
-  } else {
-    native_->createOrIncrefPool(device, id, std::move(allocator));
-  }
-  ++references_[id];
-}
-
-void CudaPools::release(c10::DeviceIndex device, c10::MempoolId_t id) {
+void CudaPools::end(c10::DeviceIndex device, Id id) {
   {
+    std::vector<Begun> ended;
     const Lock lock(mutex_);
-    native_->releasePool(device, id);
-    if (const auto entry = references_.find(id); entry != references_.end()) {
-      if (--entry->second == 0) references_.erase(entry);
-    }
-    const auto bound = bound_.find(id);
-    if (bound == bound_.end()) return;
-    const int own = bound->second.has_own_reference ? 1 : 0;
-    if (use_count(device, id) > own) return;
-    if (own != 0) native_->releasePool(device, id);
-    released_.push_back({id, bound->second.provider});
-    bound_.erase(bound);
+    ended = forget({device, id});
+    native_->endAllocateToPool(device, id);
   }
   empty_released();
 }
 
-bool CudaPools::empty_released() {
-  std::vector<Released> released;
+void CudaPools::note_session(StreamId stream, const std::shared_ptr<Context>& context) {
+  const Lock lock(mutex_);
+  for (Begun& begun : begun_pools_) {
+    const bool is_marked =
+        std::any_of(begun.marks.begin(), begun.marks.end(),
+                    [&](const Mark& mark) { return mark.is_of(context->begun_pools()); });
+    if (!is_marked && begun.filter(handle_of(stream))) begun.marks.push_back(mark_of(context));
+  }
+}
+
+std::optional<CudaPools::Announced> CudaPools::take_announced() {
+  return std::exchange(announced, std::nullopt);
+}
+
+// Released ---------------------------------------------------------------------------------------
+
+Contexts CudaPools::release(c10::DeviceIndex device, Id id) {
+  Contexts captured_in;
   {
     const Lock lock(mutex_);
-    // Native synchronizes here, which it refuses to do during a capture.
-    if (released_.empty() || in_use()) return false;
-    released.swap(released_);
+    const Key key{device, id};
+    native_->releasePool(device, id);
+    const auto entry = pools_.find(key);
+    if (entry == pools_.end()) return {};
+    Pool& pool = entry->second;
+    if (--pool.references > 0) return {};
+    captured_in = std::move(pool.captured_in);
+    if (pool.provider) released_.push_back({key, pool.provider});
+    drop_own_reference(key);
   }
-  std::erase_if(released, [this](const Released& pool) {
-    try {
-      pool.provider->finish_work();
-      native_->emptyCache(pool.id);
-    } catch (const std::exception&) {
-      return false;  // a capture began meanwhile
+  empty_released();
+  return captured_in;
+}
+
+Contexts CudaPools::abandon(const Announced& capture) {
+  const Blocking blocking;
+  const Key key{capture.device, capture.id};
+  at::HostAllocator* pinned = at::getHostAllocator(at::kCUDA);
+  try_to([&] { capture.on->abandon_capture(capture.stream); });
+  {
+    std::vector<Begun> ended;
+    const Lock lock(mutex_);
+    const bool goes_on =
+        std::any_of(begun_pools_.begin(), begun_pools_.end(),
+                    [&](const Begun& begun) { return begun.number == capture.number; });
+    if (goes_on) {
+      ended = forget(key);
+      try_to([&] { native_->endAllocateToPool(capture.device, capture.id); });
+      try_to([&] { pinned->end_allocate_to_pool(capture.id); });
     }
+  }
+  try_to([&] { pinned->release_pool(capture.id); });
+  Contexts captured_in;
+  try_to([&] { captured_in = release(capture.device, capture.id); });
+  return captured_in;
+}
+
+bool CudaPools::empty_released() {
+  const Blocking blocking;
+  // Captures begin under this lock, and native refuses while there is one.
+  const Lock lock(mutex_);
+  if (released_.empty() || is_captured()) return false;
+  bool came_back = false;
+  std::erase_if(released_, [&](const Released& pool) {
+    const std::size_t before = pool.provider->count();
+    try_to([&] { native_->emptyCache(pool.key.second); });
+    came_back |= pool.provider->count() < before;
     // Live tensors keep segments; they are asked for again later.
     return pool.provider->count() == 0;
   });
-  const Lock lock(mutex_);
-  released_.insert(released_.end(), released.begin(), released.end());
-  return true;
+  return came_back;
 }
 
 }  // namespace pgk

@@ -1,20 +1,29 @@
 // Private pools of torch's native allocator: those of CUDA graphs, of reduce-overhead, and
-// MemPools. Native keeps serving them, since a graph's addresses must stay its own; but a pool that
-// is made in a session takes its segments from the context, so that they are charged to it, and
-// gives them back when the last graph is gone.
+// MemPools. Native keeps serving them, since a graph's addresses must stay its own. Where their
+// memory comes from is decided here: each segment from the context of the session or the work that
+// needs it, outside of these from the device. So it does not matter where a pool was made, nor
+// whether that context still lives.
+//
+//   made     by create() or the first begin(); it gets a provider
+//   begun    by begin(), until end(): native serves a thread, a stream or a capture from it
+//   released when nobody has a reference any more; native's cache of it is emptied
+//   gone     when no segment is left
 //
 // Native calls a pool's provider under its own lock. So nothing here calls native with a lock of a
-// context or a manager held, and providers never take the GIL. Taking a segment does not wait;
-// giving one back waits for the device, as native's own cudaFree does there.
+// context or a manager held, and providers never take the GIL. Neither taking a segment waits, nor
+// giving one back: what any stream may still do with it is waited for by who needs it.
 #pragma once
 
 #include <c10/cuda/CUDACachingAllocator.h>
 
 #include <atomic>
+#include <cstdint>
 #include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "core/context.h"
@@ -24,46 +33,74 @@ namespace pgk {
 
 // Idle memory of the context that any stream may use. Null if it cannot be had without waiting.
 void* take_segment(Context& context, std::size_t bytes);
-// Work on any stream may still use it: waits for the device, as native's cudaFree does. During a
-// capture, when that is forbidden, the segment is kept back until all known streams have passed.
 void give_back_segment(Context& context, void* pointer);
 // What native asks for to serve a request of `bytes` from an empty pool.
 std::size_t segment_bytes_for(std::size_t bytes);
+// The context of the calling thread's session, or of the work that it does for others; null if
+// that is none on the device.
+std::shared_ptr<Context> working_context(int ordinal);
 
 class CudaPools {
  public:
   using Native = c10::cuda::CUDACachingAllocator::CUDAAllocator;
   using Filter = std::function<bool(cudaStream_t)>;
+  using Id = c10::MempoolId_t;
+
+  // A capture as torch announced it, for whoever learns that it failed.
+  struct Announced {
+    c10::DeviceIndex device = 0;
+    Id id;
+    std::uint64_t number = 0;
+    StreamId stream = kNoStream;
+    std::shared_ptr<CudaDevice> on;
+  };
 
   explicit CudaPools(Native* native) : native_(native) {}
 
   // Whether some thread allocates to a pool, captures included.
   static bool in_use() { return begun_.load(std::memory_order_relaxed) != 0; }
-  // Whether native has to serve the calling thread's request on `stream` from a pool.
-  bool takes(cudaStream_t stream) const { return in_use() && find(stream) != nullptr; }
-  // The context that provides for that pool; null if none does.
-  std::shared_ptr<Context> provider_of(cudaStream_t stream) const;
+  // Whether native has to serve the calling thread's request on `stream` from a pool, and not the
+  // context. No lock is taken for a context's own stream, unless a pool was begun in the context.
+  bool takes(Context& context, StreamId stream) const {
+    return in_use() && (stream != context.stream() || context.begun_pools() != 0 || is_threads()) &&
+           find(stream) != nullptr;
+  }
+  // Who has to make room for what such a pool needs; null if nobody can.
+  std::shared_ptr<Context> payer_of(StreamId stream) const;
 
-  // As native's functions of these names; `context` is that of the calling thread's session, and
-  // `served` the device whose moves have to keep away from a capture, null if there is none.
-  void begin(c10::DeviceIndex device, c10::MempoolId_t id, Filter filter,
-             const std::shared_ptr<Context>& context, const std::shared_ptr<CudaDevice>& served);
-  void end(c10::DeviceIndex device, c10::MempoolId_t id);
-  void create(c10::DeviceIndex device, c10::MempoolId_t id, std::shared_ptr<Native> allocator,
-              const std::shared_ptr<Context>& context);
-  void release(c10::DeviceIndex device, c10::MempoolId_t id);
+  // As native's functions of these names. `context` is that of the calling thread's session, and
+  // `served` the device whose contexts provide, null if there is none.
+  void begin(c10::DeviceIndex device, Id id, Filter filter, const std::shared_ptr<Context>& context,
+             const std::shared_ptr<CudaDevice>& served);
+  void end(c10::DeviceIndex device, Id id);
+  void create(c10::DeviceIndex device, Id id, std::shared_ptr<Native> allocator,
+              const std::shared_ptr<CudaDevice>& served);
+  // Returns the contexts in which something was captured that is gone by this.
+  std::vector<std::shared_ptr<Context>> release(c10::DeviceIndex device, Id id);
 
-  // Takes back what pools hold that were released. Returns whether there are any.
+  // The capture that the calling thread began last, once.
+  static std::optional<Announced> take_announced();
+  // Ends what its graph will not end any more. As release().
+  std::vector<std::shared_ptr<Context>> abandon(const Announced& capture);
+  // A session of the context begins on a thread whose stream is `stream`: it may be captured.
+  void note_session(StreamId stream, const std::shared_ptr<Context>& context);
+
+  // Takes back what pools hold that were released, unless something is captured. Returns whether
+  // anything came back.
   bool empty_released();
-
-  // Whether a pool is in use, so that a graph may keep addresses of torch's own buffers.
-  bool any() const;
+  // What pools in use keep of the context's memory and have not handed out, in bytes. Slow.
+  std::size_t unused_bytes_of(const Context& context) const;
+  // Whether graphs may keep addresses of torch's own buffers in the context.
+  bool has_captured(const Context& context) const;
 
  private:
   class Provider;
-  struct Bound {
-    std::shared_ptr<Provider> provider;
-    bool has_own_reference = false;  // beside those that graphs have
+  using Key = std::pair<c10::DeviceIndex, Id>;
+  struct Pool {
+    std::shared_ptr<Provider> provider;  // null if native takes memory of its own
+    int references = 0;              // of graphs, MemPools and threads, as far as they are known
+    bool has_own_reference = false;  // beside these
+    std::vector<std::shared_ptr<Context>> captured_in;
   };
   // A capture that a device's moves keep away from.
   struct Capture {
@@ -75,28 +112,55 @@ class CudaPools {
     Capture(const Capture&) = delete;
     Capture& operator=(const Capture&) = delete;
   };
+  // That the requests of a context, or of a thread, have to be looked at.
+  class Mark {
+   public:
+    explicit Mark(std::shared_ptr<std::atomic<int>> count) : count_(std::move(count)) {
+      count_->fetch_add(1);
+    }
+    Mark(Mark&& other) = default;
+    Mark& operator=(Mark&&) = default;
+    ~Mark() {
+      if (count_) count_->fetch_sub(1);
+    }
+    bool is_of(const std::atomic<int>& count) const { return count_.get() == &count; }
+
+   private:
+    std::shared_ptr<std::atomic<int>> count_;
+  };
   struct Begun {
-    c10::MempoolId_t id;
+    Key key;
+    std::uint64_t number = 0;
     Filter filter;
-    std::shared_ptr<Capture> capture;  // null for MemPools
+    bool is_capture = false;
+    std::shared_ptr<Capture> capture;  // null for MemPools, and where nobody moves
+    std::vector<Mark> marks;
   };
   struct Released {
-    c10::MempoolId_t id;
+    Key key;
     std::shared_ptr<Provider> provider;
   };
 
-  const Begun* find(cudaStream_t stream) const;
-  int use_count(c10::DeviceIndex device, c10::MempoolId_t id) const;
+  static bool is_threads();
+  static Mark mark_of(const std::shared_ptr<Context>& context);
+  static Mark mark_of_thread();
+
+  const Begun* find(StreamId stream) const;
+  int use_count(const Key& key) const;
+  bool provide(const Key& key, const std::shared_ptr<CudaDevice>& served, bool has_own_reference);
+  void drop_own_reference(const Key& key);
+  std::vector<Begun> forget(const Key& key);
+  bool is_captured() const;
 
   static inline std::atomic<int> begun_{0};
 
   Native* native_;
   // Recursive: filters are torch's, and may allocate.
   mutable std::recursive_mutex mutex_;
-  std::vector<Begun> captures_;
-  std::map<c10::MempoolId_t, int> references_;  // of every pool, as far as they were made here
-  std::map<c10::MempoolId_t, Bound> bound_;
+  std::vector<Begun> begun_pools_;
+  std::map<Key, Pool> pools_;
   std::vector<Released> released_;
+  std::uint64_t next_number_ = 1;
 };
 
 }  // namespace pgk

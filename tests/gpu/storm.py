@@ -177,8 +177,9 @@ class Worker:
             for part in (self.inside, self.outside):
                 try:
                     part()
-                except torch.OutOfMemoryError:
-                    self.tally.count("refusals")
+                except (torch.OutOfMemoryError, ContextBusyError) as error:
+                    is_refused = isinstance(error, torch.OutOfMemoryError)
+                    self.tally.count("refusals" if is_refused else "busy")
                     time.sleep(self.choice.uniform(0.001, 0.03))
                 self.finish()
             if self.choice.random() < SENT_OUT[self.context.qos]:

@@ -253,7 +253,8 @@ def test_what_needs_the_pages_gives_up_in_time(hasty: Bench, how: str) -> None:
         "allocate": lambda: hasty.fill(a, 2 * MB, 4),
     }
     held = [hasty.manager.usage(context).resident for context in (a, b, c)]
-    with pytest.raises(torch.OutOfMemoryError, match="reader"):
+    refusal = torch.OutOfMemoryError if how == "allocate" else ContextBusyError
+    with pytest.raises(refusal, match="reader"):
         calls[how]()
     hasty.manager.check_invariants()
     assert [hasty.manager.usage(context).resident for context in (a, b, c)] == held
@@ -351,4 +352,63 @@ def test_consumers_wait_while_their_producer_moves(when: str) -> None:
         eviction.result(30)
         bench.manager.restore_context(a)
     assert seen
+    bench.check()
+
+
+# Coming back -------------------------------------------------------------------------------------
+
+
+def test_who_joins_a_context_on_its_way_back_may_be_whom_it_waits_for() -> None:
+    """A stream waits for a thread, and that for the context: as a host function would have it."""
+    bench = Bench(claim_timeout=30)
+    a, b = bench.create("a"), bench.create("b", 2 * MB)
+    bench.fill(a, 8 * MB, 1)
+    bench.fill(b, MB, 2)
+    bench.manager.evict_context(a)
+    bench.device.hold(b.stream)
+    bench.device.record(b.stream)
+    back = background(lambda: bench.manager.restore_context(a))
+    wait_until(lambda: not a.is_ready)
+    time.sleep(MOMENT)  # it waits for b's stream by now
+    start = time.monotonic()
+    bench.manager.join(a)
+    waited = time.monotonic() - start
+    bench.device.let_go(b.stream)
+    back.result(20)
+    assert waited < 10, "not for all of claim_timeout"
+    assert bench.evicted("a") == 0
+    bench.check()
+
+
+def test_threads_that_pin_what_is_left_of_a_context_do_not_wait_for_each_other() -> None:
+    bench = Bench(claim_timeout=30)
+    a, b = bench.create("a"), bench.create("b", 2 * MB)
+    bench.fill(a, 8 * MB, 1)
+    bench.manager.evict_context(a)
+    bench.manager.destroy_context(a)
+    bench.device.hold(b.stream)
+    bench.device.record(b.stream)
+    pins = [background(lambda: bench.manager.pin(a)) for _ in range(3)]
+    time.sleep(MOMENT)
+    bench.device.let_go(b.stream)
+    for pin in pins:
+        pin.result(20)
+    assert bench.evicted("a") == 0
+    bench.check()
+
+
+def test_coming_back_slowly_ends_with_whom_it_waited_for() -> None:
+    bench = Bench(claim_timeout=0.3)
+    a, b = bench.create("a"), bench.create("b", 2 * MB)
+    bench.fill(a, 8 * MB, 1)
+    bench.manager.evict_context(a)
+    bench.device.hold(b.stream)
+    bench.device.record(b.stream)
+    with pytest.raises(
+        ContextBusyError, match=r"'a' cannot be brought back.*stream of context 'b'"
+    ):
+        bench.manager.restore_context(a)
+    bench.device.let_go(b.stream)
+    bench.manager.restore_context(a)
+    assert bench.evicted("a") == 0
     bench.check()

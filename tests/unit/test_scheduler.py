@@ -81,7 +81,14 @@ def test_usage_and_memory_stats() -> None:
     del first
     usage = pgk.get_context_usage(context)
     assert usage == pgk.ContextUsage(
-        used=MB, reserved=4 * MB, max=64 * MB, base=0, peak=4 * MB, evicted=0, available=63 * MB
+        used=MB,
+        reserved=4 * MB,
+        max=64 * MB,
+        base=0,
+        peak=4 * MB,
+        evicted=0,
+        available=63 * MB,
+        workspaces=0,
     )
     counters = context.memory_stats()
     assert counters["allocation.allocated"] == 2
