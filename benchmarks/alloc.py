@@ -1,5 +1,8 @@
 """Allocate + free that hits, inside a session, against the allocator that torch has without us.
 
+``beside a MemPool`` and ``beside a capture`` are the same threads while one more, in a context of
+its own, allocates from a private pool of torch's.
+
 Both sides are called through torch's allocator interface, from C++, in the same run and in turns:
 on CUDA where there is a GPU, else on the host device. Threads have a context each. ``stock`` is
 torch's own allocator in our process, without us. Peers have processes of their own, and take turns
@@ -13,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import pygpukit_torch as pgk
+from benchmarks.alloc_beside import a_capture, a_mem_pool, beside
 from benchmarks.alloc_pairs import load_loop, on_threads, pair_ns
 from benchmarks.peers import NATIVE, OURS, Peer, PeerError, names, started
 from benchmarks.progress import track
@@ -25,6 +29,7 @@ BY_THREADS = 64 * KB  # on all numbers of threads; the others on one and the mos
 # On one thread, where there is so much memory: all sides keep what they have got.
 LARGE_SIZES = [512 * MB, 8 * GB]
 PEERS_EVERY = 3  # turns
+BESIDE = {"beside a MemPool": a_mem_pool, "beside a capture": a_capture}
 COLUMNS = [
     "bytes",
     "threads",
@@ -56,12 +61,15 @@ def run(quick: bool) -> Report:
         large = pgk.create_context("large", 18 * GB)
         cases += [(size, [large]) for size in LARGE_SIZES]
     compared = [] if quick or not CUDA else [name for name in names() if name not in (OURS, NATIVE)]
-    report = Report("alloc", "ns a pair of allocate + free, median", [*COLUMNS, *compared])
+    columns = [*COLUMNS, *(BESIDE if CUDA else ()), *compared]
+    report = Report("alloc", "ns a pair of allocate + free, median", columns)
+    other = pgk.create_context("pools", 256 * MB)
 
     def row(
         processes: dict[str, Peer], size: int, contexts: list[pgk.ExecutionContext]
     ) -> dict[str, Any]:
         times: dict[str, list[float]] = {"stock": [], "session": []}
+        besides = BESIDE if CUDA and size == BY_THREADS and len(contexts) == threads[-1] else {}
         failures: dict[str, str] = {}
         sessions = [partial(pgk.context_session, context) for context in contexts]
         outside = [nullcontext] * len(contexts)
@@ -70,6 +78,10 @@ def run(quick: bool) -> Report:
             session = on_threads(sessions, partial(pair_ns, loop.time_current, size, seconds))
             times["stock"].append(stock)
             times["session"].append(session)
+            for name, within in besides.items():
+                with beside(within, other):
+                    time = on_threads(sessions, partial(pair_ns, loop.time_current, size, seconds))
+                times.setdefault(name, []).append(time)
             for name, peer in processes.items() if turn % PEERS_EVERY == 0 else ():
                 try:
                     time = peer.ask([size, len(contexts), seconds])
@@ -80,7 +92,7 @@ def run(quick: bool) -> Report:
         return {
             "bytes": size,
             "threads": len(contexts),
-            **dict.fromkeys(compared, ""),
+            **dict.fromkeys([*(BESIDE if CUDA else ()), *compared], ""),
             **medians,
             **failures,
             "stock spread": _quartiles(times["stock"]),

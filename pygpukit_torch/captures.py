@@ -73,7 +73,9 @@ def _replay_in_turn(self: torch.cuda.CUDAGraph) -> None:
 
 @wraps(_begin)
 def _begin_announced(self: _Graph, *args: Any, **kwargs: Any) -> None:
-    native.Capture.take_announced()  # one that was interrupted before it got here is abandoned
+    stale = native.Capture.take_announced()  # of a graph that is none of these
+    if stale is not None:
+        stale.finish()
     try:
         _begin(self, *args, **kwargs)
         # If the graph goes, so does this, and what it has not finished is abandoned.

@@ -19,7 +19,10 @@ namespace {
 class Capture {
  public:
   explicit Capture(CudaPools::Announced announced) : announced_(std::move(announced)) {}
-  ~Capture() { abandon(); }
+  // Only one that its graph has left behind: one that was ended is the graph's to release.
+  ~Capture() {
+    if (announced_ && is_begun_capture(*announced_)) abandon();
+  }
   Capture(const Capture&) = delete;
   Capture& operator=(const Capture&) = delete;
 

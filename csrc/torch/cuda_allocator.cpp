@@ -56,8 +56,8 @@ void abandon_capture(const CudaPools::Announced& capture) {
   if (instance) instance->drop_workspaces_of(instance->pools().abandon(capture));
 }
 
-void note_session_in_capture(StreamId stream, const std::shared_ptr<Context>& context) {
-  if (instance && CudaPools::in_use()) instance->pools().note_session(stream, context);
+bool is_begun_capture(const CudaPools::Announced& capture) {
+  return instance && instance->pools().is_begun(capture);
 }
 
 void drop_workspaces_of(const Context& context) {

@@ -28,7 +28,7 @@ void serve_contexts_of(const std::shared_ptr<Manager>& manager);
 // See CudaPools.
 std::optional<CudaPools::Announced> take_announced_capture();
 void abandon_capture(const CudaPools::Announced& capture);
-void note_session_in_capture(StreamId stream, const std::shared_ptr<Context>& context);
+bool is_begun_capture(const CudaPools::Announced& capture);
 
 // Has torch let go of the workspaces that it keeps of a context in which nobody works any more,
 // unless a graph may hold them.

@@ -56,7 +56,8 @@ std::vector<Reliefs::Relief> CudaDecorator::reliefs() {
     return true;
   };
   const auto drop_workspaces = [this](bool /*device_is_short*/) {
-    const auto context = working_context(served_device_.load(std::memory_order_relaxed));
+    const auto device = served_device_.load(std::memory_order_relaxed);
+    const auto context = device < 0 ? nullptr : working_context(device);
     return context && !pools_.has_captured(*context) && workspaces_.drop_idle(*context);
   };
   return {ask_callbacks, empty_pools, empty_cache, drop_workspaces};

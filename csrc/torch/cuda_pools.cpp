@@ -312,14 +312,10 @@ void CudaPools::end(c10::DeviceIndex device, Id id) {
   empty_released();
 }
 
-void CudaPools::note_session(StreamId stream, const std::shared_ptr<Context>& context) {
+bool CudaPools::is_begun(const Announced& capture) const {
   const Lock lock(mutex_);
-  for (Begun& begun : begun_pools_) {
-    const bool is_marked =
-        std::any_of(begun.marks.begin(), begun.marks.end(),
-                    [&](const Mark& mark) { return mark.is_of(context->begun_pools()); });
-    if (!is_marked && begun.filter(handle_of(stream))) begun.marks.push_back(mark_of(context));
-  }
+  return std::any_of(begun_pools_.begin(), begun_pools_.end(),
+                     [&](const Begun& begun) { return begun.number == capture.number; });
 }
 
 std::optional<CudaPools::Announced> CudaPools::take_announced() {
@@ -354,10 +350,7 @@ Contexts CudaPools::abandon(const Announced& capture) {
   {
     std::vector<Begun> ended;
     const Lock lock(mutex_);
-    const bool goes_on =
-        std::any_of(begun_pools_.begin(), begun_pools_.end(),
-                    [&](const Begun& begun) { return begun.number == capture.number; });
-    if (goes_on) {
+    if (is_begun(capture)) {
       ended = forget(key);
       try_to([&] { native_->endAllocateToPool(capture.device, capture.id); });
       try_to([&] { pinned->end_allocate_to_pool(capture.id); });

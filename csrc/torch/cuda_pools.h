@@ -78,12 +78,12 @@ class CudaPools {
   // Returns the contexts in which something was captured that is gone by this.
   std::vector<std::shared_ptr<Context>> release(c10::DeviceIndex device, Id id);
 
-  // The capture that the calling thread began last, once.
+  // The capture that the calling thread began last, once. Forgotten with the next.
   static std::optional<Announced> take_announced();
   // Ends what its graph will not end any more. As release().
   std::vector<std::shared_ptr<Context>> abandon(const Announced& capture);
-  // A session of the context begins on a thread whose stream is `stream`: it may be captured.
-  void note_session(StreamId stream, const std::shared_ptr<Context>& context);
+  // Whether it was begun and not yet ended.
+  bool is_begun(const Announced& capture) const;
 
   // Takes back what pools hold that were released, unless something is captured. Returns whether
   // anything came back.
@@ -119,11 +119,10 @@ class CudaPools {
       count_->fetch_add(1);
     }
     Mark(Mark&& other) = default;
-    Mark& operator=(Mark&&) = default;
+    Mark& operator=(Mark&&) = delete;
     ~Mark() {
       if (count_) count_->fetch_sub(1);
     }
-    bool is_of(const std::atomic<int>& count) const { return count_.get() == &count; }
 
    private:
     std::shared_ptr<std::atomic<int>> count_;

@@ -12,7 +12,6 @@
 #include <unordered_map>
 #include <utility>
 
-#include "torch/cuda_allocator.h"
 #include "torch/operator_gate.h"
 
 namespace pgk {
@@ -135,8 +134,6 @@ class CudaStreams final : public ThreadStreams {
 
   Saved enter(const std::shared_ptr<Context>& context) override {
     const CUDAStream before = c10::cuda::getCurrentCUDAStream(index_);
-    if (CudaPools::in_use()) [[unlikely]]
-      note_session_in_capture(id_of(before), context);
     const StreamId inside = context->stream();
     // A session may outlive a context that it does not keep active.
     if (inside != kNoStream && id_of(before) != inside) {
