@@ -117,6 +117,12 @@ void bind_context(py::module_& module) {
           },
           py::arg("address"), py::arg("streams"), Unlocked())
       .def(
+          "free_after_event",
+          [](Context& self, std::uintptr_t address, EventId event) {
+            self.free_after(reinterpret_cast<void*>(address), event);
+          },
+          py::arg("address"), py::arg("event"), Unlocked())
+      .def(
           "record_use",
           [](Context& self, std::uintptr_t address, StreamId stream) {
             self.record_use(reinterpret_cast<void*>(address), stream);

@@ -24,6 +24,7 @@ from pygpukit_torch import (
     native,
 )
 from pygpukit_torch.runtime import get_or_initialize
+from pygpukit_torch.session import ContextSession
 from tests.event_loops import LOOPS, Run
 
 pytestmark = pytest.mark.usefixtures("scheduler")
@@ -1230,4 +1231,32 @@ def test_coroutines_and_asynchronous_generators(run: Run[Any], a: pgk.ExecutionC
         assert here() is None
 
     run(main())
+    assert a.state == "idle"
+
+
+def test_nobody_evicts_a_context_between_its_turn_and_its_entry(
+    run: Run[Any], a: pgk.ExecutionContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The entry would bring it back, and the loop would stand still meanwhile."""
+    begin = ContextSession._begin_in_task
+    refused = []
+
+    def evicted_just_before(self: ContextSession, *args: Any) -> Any:
+        try:
+            self.context.evict()
+        except pgk.ContextBusyError as error:
+            refused.append(str(error))
+        return begin(self, *args)
+
+    monkeypatch.setattr(ContextSession, "_begin_in_task", evicted_just_before)
+
+    async def main() -> None:
+        async with context_session(a):
+            torch.ones(1000)
+        a.evict()  # and from host memory
+        async with context_session(a):
+            torch.ones(1000)
+
+    run(main())
+    assert len(refused) == 2
     assert a.state == "idle"

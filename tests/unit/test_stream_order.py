@@ -383,3 +383,45 @@ def test_a_device_that_fails_while_a_context_shrinks_is_named(bench: Bench) -> N
         bench.manager.resize_context(context, 10 * MB, 0)
     bench.manager.check_invariants()
     bench.manager.resize_context(context, 10 * MB, 0)
+
+
+# Memory that work on any stream may still use ----------------------------------------------------
+
+
+def kept_back(bench: Bench, size: int) -> int:
+    """A block that is free once the other stream, which stands for all, has passed."""
+    block = bench.context.allocate(size)
+    bench.device.hold(bench.other)
+    bench.context.free_after_event(block, bench.device.record(bench.other))
+    return block
+
+
+def test_a_block_that_any_stream_may_use_is_free_after_its_event(bench: Bench) -> None:
+    block = kept_back(bench, 4 * MB)
+    assert bench.context.allocate(4 * MB) != block
+    bench.device.let_go(bench.other)
+    assert bench.context.allocate(4 * MB) == block
+    bench.manager.check_invariants()
+
+
+def test_it_is_waited_for_last_of_all(bench: Bench) -> None:
+    block = kept_back(bench, 16 * MB)
+    # The device has more, and nobody waits.
+    thread = finishes_within(10, lambda: bench.context.allocate(30 * MB))
+    assert not thread.is_alive()
+    # Now only the block can help.
+    thread = finishes_within(0.1, lambda: bench.context.allocate(34 * MB))
+    assert thread.is_alive()
+    bench.device.let_go(bench.other)
+    thread.join(10)
+    assert not thread.is_alive()
+    assert bench.used() == 64 * MB
+    assert bench.context.block_bytes(block) in (0, 34 * MB)
+    bench.manager.check_invariants()
+
+
+def test_what_is_done_already_is_free_at_once(bench: Bench) -> None:
+    block = bench.context.allocate(4 * MB)
+    bench.context.free_after_event(block, bench.device.record(bench.other))
+    assert bench.context.allocate(4 * MB) == block
+    bench.manager.check_invariants()
