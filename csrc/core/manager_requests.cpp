@@ -30,6 +30,7 @@ void* Manager::allocate_slow(Context& context, std::size_t bytes, StreamId strea
     std::size_t available = 0;
     bool others_move = false;
     bool others_can_help = false;
+    bool is_over = false;  // its budget
     {
       Lock lock(mutex_);
       if (effort != Effort::ready) wait_until_still(lock, context);
@@ -39,7 +40,7 @@ void* Manager::allocate_slow(Context& context, std::size_t bytes, StreamId strea
       const Ledger::Account& account = ledger_.account(context.id());
       const std::size_t used = context.arena_.used_bytes();
       if (context.is_moving() || granules >= Arena::kNone) return nullptr;
-      const bool is_over = used + granules * kGranule > account.max;
+      is_over = used + granules * kGranule > account.max;
       if (is_over && effort == Effort::ready) return nullptr;
       refresh_outside();
       const auto count = static_cast<std::uint32_t>(granules);
@@ -70,7 +71,8 @@ void* Manager::allocate_slow(Context& context, std::size_t bytes, StreamId strea
     }
     if (relieve(reliefs, /*device_is_short=*/!why.empty())) continue;
     if (!others_can_help) {
-      if (await_all_streams(context)) continue;
+      // What is fenced is not in use, so it does not help who is over its budget.
+      if (!is_over && await_all_streams(context)) continue;
       return nullptr;
     }
     if (!need.of_base && !is_asked) {

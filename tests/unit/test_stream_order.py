@@ -420,6 +420,18 @@ def test_it_is_waited_for_last_of_all(bench: Bench) -> None:
     bench.manager.check_invariants()
 
 
+def test_who_is_over_its_budget_is_refused_at_once(bench: Bench) -> None:
+    kept_back(bench, 16 * MB)
+    blocks = [bench.context.allocate(16 * MB)]
+    with pytest.raises(torch.OutOfMemoryError):
+        bench.context.allocate(49 * MB)
+    bench.device.let_go(bench.other)
+    with pytest.raises(torch.OutOfMemoryError):
+        bench.context.allocate(49 * MB)
+    blocks.append(bench.context.allocate(48 * MB))
+    bench.manager.check_invariants()
+
+
 def test_what_is_done_already_is_free_at_once(bench: Bench) -> None:
     block = bench.context.allocate(4 * MB)
     bench.context.free_after_event(block, bench.device.record(bench.other))
