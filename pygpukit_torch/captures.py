@@ -6,8 +6,8 @@ everybody. As long as a CUDA device is initialized, in a session it captures on 
 context instead. ``reduce-overhead`` and ``make_graphed_callables`` capture through it, too. A
 replay is no operator: in contexts that yield it waits here.
 
-Torch takes a capture's pool before it begins to capture, and ends and releases it only if all goes
-well. So where a capture fails, or its graph goes in the middle of it, that is done here.
+Torch takes a capture's pool before it begins to capture. Before 2.14 it ends and releases it only
+if all goes well, so where a capture fails, or its graph goes in the middle, that is done here.
 """
 
 from collections.abc import Callable
@@ -41,13 +41,17 @@ def stop_attending_graphs() -> None:
 
 
 def _wrapped() -> list[tuple[type, str, Callable[..., Any], Callable[..., Any]]]:
-    return [
+    wrapped: list[tuple[type, str, Callable[..., Any], Callable[..., Any]]] = [
         (torch.cuda.graph, "__enter__", _enter, _enter_on_own_stream),
-        (_Graph, "capture_begin", _begin, _begin_announced),
-        (_Graph, "capture_end", _end, _end_announced),
-        (_Graph, "reset", _reset, _reset_announced),
         (_Graph, "replay", _replay, _replay_in_turn),
     ]
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14):
+        wrapped += [
+            (_Graph, "capture_begin", _begin, _begin_announced),
+            (_Graph, "capture_end", _end, _end_announced),
+            (_Graph, "reset", _reset, _reset_announced),
+        ]
+    return wrapped
 
 
 @wraps(_enter)

@@ -45,7 +45,8 @@ class ContextUsage:
         evicted: bytes whose contents are in host memory.
         available: what the context could allocate in addition now, by evicting others if need be.
         workspaces: the part of ``used`` that torch keeps for cuBLAS: one for each thread that
-            computes on a stream, 32 MiB on a H100. Idle ones go before a request is refused.
+            computes on a stream, 32 MiB on a H100. It goes when the thread leaves a context that is
+            more than half full.
     """
 
     used: int

@@ -32,7 +32,8 @@ Context::Counters& Context::Counters::operator+=(const Counters& other) {
 Context::Context(const std::shared_ptr<Manager>& manager, ContextSpec spec, Ledger::Id account,
                  std::size_t page_bytes, std::uint32_t page_count, std::uint32_t segment_pages,
                  Address address, StreamId stream, ProcessorSet processors)
-    : is_on_host_(manager->device()->properties().is_host),
+    : budget_(spec.max),
+      is_on_host_(manager->device()->properties().is_host),
       gate_(manager->compute_gate()),
       entrance_(spec.name, spec.tier, spec.max_sessions),
       arena_(page_bytes, page_count, page_count - segment_pages),

@@ -156,6 +156,8 @@ class Context : public std::enable_shared_from_this<Context> {
   ThreadStreams* thread_streams() const { return thread_streams_; }
   std::size_t page_bytes() const { return arena_.page_bytes(); }
   std::size_t used_bytes() const;
+  // Its max, as of the last change.
+  std::size_t budget() const { return budget_.load(std::memory_order_relaxed); }
   std::size_t resident_bytes() const;
   bool is_open() const { return (sessions_.load(std::memory_order_acquire) & kClosed) == 0; }
   bool is_destroyed() const;
@@ -264,6 +266,7 @@ class Context : public std::enable_shared_from_this<Context> {
   static inline std::atomic<std::uint64_t> uses_of_all_{1};
   std::atomic<std::uint64_t> last_use_{next_use()};
   std::atomic<int> begun_pools_{0};
+  std::atomic<std::size_t> budget_;
   const bool is_on_host_;
   const std::shared_ptr<ComputeGate> gate_;
   Entrance entrance_;

@@ -291,6 +291,7 @@ void Manager::resize_context(Context& context, std::size_t max, std::size_t base
     on_behalf_of(who, [&] { pool_.fill(page, added, others); });
   }
   undo.dismiss();
+  context.budget_.store(max, std::memory_order_relaxed);
   aim_host_pool();
 }
 

@@ -94,7 +94,7 @@ void* Manager::allocate_slow(Context& context, std::size_t bytes, StreamId strea
       }
       continue;  // it may have made room
     }
-    if (!make_room(need, why)) return nullptr;
+    if (!make_room(need, why) && !await_all_streams(context)) return nullptr;
   }
 }
 

@@ -326,8 +326,14 @@ bool Manager::bring_back(Return& way, Stopped& self) {
       continue;
     }
     if (asks_reliefs) {
+      {
+        // Whoever is asked may wait for it.
+        const std::lock_guard lock(mutex_);
+        victims.let_go();
+        self.let_go();
+      }
       way.is_relieved = !relieve(way.reliefs, /*device_is_short=*/true);
-      continue;
+      return false;
     }
     if (is_chosen && !round.pages.empty()) {
       failure = carry_out(round);

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -65,6 +66,8 @@ class CudaDevice final : public Device, public std::enable_shared_from_this<Cuda
   // Done once all work that any stream was given before is done. Null while something is captured,
   // which it would break. Drivers that cannot tell (before CUDA 12.5) have it wait for all.
   std::optional<EventId> record_all();
+  // Makes the call while no capture begins. Throws Restless if one goes on.
+  void without_captures(const std::function<void()>& call);
   // Memory outside of contexts, as cudaMalloc's; null if there is none. Giving it back waits for
   // the device.
   void* allocate_plain(std::size_t bytes);

@@ -28,6 +28,13 @@ void CudaDevice::abandon_capture(StreamId stream) {
   if (graph != nullptr) driver_.cuGraphDestroy_fn(graph);
 }
 
+void CudaDevice::without_captures(const std::function<void()>& call) {
+  const Scope scope(*this);
+  const CudaCaptures::KeptOut captures = captures_.keep_out(CudaCaptures::Clock::now());
+  if (captures.is_beside_capture()) throw Restless(kNoStream, "cuda: a graph is being captured");
+  call();
+}
+
 std::optional<EventId> CudaDevice::record_all() {
   const Scope scope(*this);
   try {

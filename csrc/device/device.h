@@ -149,6 +149,7 @@ class Device {
   // From now on, work on `stream`, whoever submits it, may use memory of the device. Streams of
   // create_stream() are known from the beginning, and so is the default stream.
   void announce(StreamId stream) { known_.add(stream); }
+  std::vector<StreamId> known_streams() const { return known_.all(); }
   // Blocks until every known stream is past what it holds now; where move() holds streams it does
   // so itself. Throws Restless.
   void drain(std::chrono::nanoseconds patience);

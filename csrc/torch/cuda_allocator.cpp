@@ -53,11 +53,17 @@ std::optional<CudaPools::Announced> take_announced_capture() {
 }
 
 void abandon_capture(const CudaPools::Announced& capture) {
-  if (instance) instance->drop_workspaces_of(instance->pools().abandon(capture));
+  if (!instance) return;
+  instance->drop_workspaces_of(instance->pools().abandon(capture));
+  instance->pools().empty_released();
 }
 
 bool is_begun_capture(const CudaPools::Announced& capture) {
   return instance && instance->pools().is_begun(capture);
+}
+
+void leave_workspaces(StreamId stream) {
+  if (instance) instance->leave(stream);
 }
 
 void drop_workspaces_of(const Context& context) {

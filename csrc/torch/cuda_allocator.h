@@ -30,6 +30,8 @@ std::optional<CudaPools::Announced> take_announced_capture();
 void abandon_capture(const CudaPools::Announced& capture);
 bool is_begun_capture(const CudaPools::Announced& capture);
 
+// The calling thread leaves a session on this stream, still its current one.
+void leave_workspaces(StreamId stream);
 // Has torch let go of the workspaces that it keeps of a context in which nobody works any more,
 // unless a graph may hold them.
 void drop_workspaces_of(const Context& context);

@@ -55,12 +55,7 @@ std::vector<Reliefs::Relief> CudaDecorator::reliefs() {
     native_->emptyCache({0, 0});
     return true;
   };
-  const auto drop_workspaces = [this](bool /*device_is_short*/) {
-    const auto device = served_device_.load(std::memory_order_relaxed);
-    const auto context = device < 0 ? nullptr : working_context(device);
-    return context && !pools_.has_captured(*context) && workspaces_.drop_idle(*context);
-  };
-  return {ask_callbacks, empty_pools, empty_cache, drop_workspaces};
+  return {ask_callbacks, empty_pools, empty_cache};
 }
 
 bool CudaDecorator::native_caches(c10::DeviceIndex device) const {

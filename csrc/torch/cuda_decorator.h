@@ -8,6 +8,7 @@
 #include <array>
 #include <atomic>
 #include <cstddef>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -50,6 +51,16 @@ class CudaDecorator final : public CudaForwarder {
   void drop_workspaces_of(const Context& context) const {
     if (!pools_.has_captured(context)) CudaWorkspaces::drop_all(context);
   }
+  // The calling thread leaves a session on this stream, still its current one.
+  void leave(StreamId stream) const {
+    const auto context = CudaWorkspaces::take_short_of_memory(stream);
+    if (!context || pools_.has_captured(*context)) return;
+    try {
+      CudaWorkspaces::drop_own(*context);
+    } catch (const std::exception&) {
+      // A thread without a handle has no workspace.
+    }
+  }
   // Of those that are gone, once no graph may hold one any more.
   void drop_workspaces_of(const std::vector<std::shared_ptr<Context>>& contexts) const {
     for (const auto& context : contexts) {
@@ -62,7 +73,7 @@ class CudaDecorator final : public CudaForwarder {
     if (bytes != 0) [[likely]] {
       if (void* pointer = from_context(device, current_stream(device), bytes)) {
         if (bytes == workspace_bytes_.load(std::memory_order_relaxed)) [[unlikely]]
-          workspaces_.note(pointer);
+          note_workspace(device);
         return {pointer, pointer, &delete_block, c10::Device(c10::DeviceType::CUDA, device)};
       }
     }
@@ -130,6 +141,7 @@ class CudaDecorator final : public CudaForwarder {
   }
   void releasePool(c10::DeviceIndex device, c10::MempoolId_t id) override {
     drop_workspaces_of(pools_.release(device, id));
+    pools_.empty_released();
   }
   void createOrIncrefPool(c10::DeviceIndex device, c10::MempoolId_t id,
                           std::shared_ptr<caching::CUDAAllocator> allocator) override {
@@ -241,6 +253,11 @@ class CudaDecorator final : public CudaForwarder {
     return context != nullptr && serves(*context, device) ? context->shared_from_this() : nullptr;
   }
 
+  void note_workspace(c10::DeviceIndex device) const {
+    const auto context = context_of_session(device);
+    if (context && context->stream() == current_cuda_stream(device)) CudaWorkspaces::note(context);
+  }
+
   // Null if the request is native's: outside of sessions, and for private pools.
   void* from_context(c10::DeviceIndex device, StreamId stream, std::size_t bytes) {
     Context* context = current_context();
@@ -294,7 +311,6 @@ class CudaDecorator final : public CudaForwarder {
   static inline caching::CUDAAllocator* decorated_ = nullptr;
 
   CudaPools pools_;
-  CudaWorkspaces workspaces_;
   std::atomic<std::size_t> workspace_bytes_{0};  // once it serves somebody
   CudaStatistics statistics_;
   mutable std::mutex mutex_;

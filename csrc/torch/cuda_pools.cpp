@@ -80,12 +80,8 @@ void give_back_segment(Context& context, void* pointer) {
   } catch (const Error&) {
     // A capture that torch does not know of.
   }
-  std::vector<StreamId> streams = context.streams();
-  streams.push_back(CudaDevice::kDefaultStream);
-  streams.push_back(current_cuda_stream(device.ordinal()));
-  std::sort(streams.begin(), streams.end());
-  streams.erase(std::unique(streams.begin(), streams.end()), streams.end());
-  context.free_after(pointer, streams);
+  device.announce(current_cuda_stream(device.ordinal()));
+  context.free_after(pointer, device.known_streams());
 }
 
 std::size_t segment_bytes_for(std::size_t bytes) {
@@ -130,6 +126,7 @@ class CudaPools::Provider final : public Pluggable {
   }
   std::string name() override { return "pygpukit_torch segments"; }
 
+  CudaDevice& device() const { return *device_; }
   int ordinal() const { return device_->ordinal(); }
   std::size_t count() const { return count_; }
 
@@ -274,7 +271,9 @@ void CudaPools::begin(c10::DeviceIndex device, Id id, Filter filter,
   const bool is_new = provide(key, served, /*has_own_reference=*/true);
   try {
     Pool& pool = pools_[key];
-    if (begun.is_capture && context) pool.captured_in.push_back(context);
+    const bool is_known = std::find(pool.captured_in.begin(), pool.captured_in.end(), context) !=
+                          pool.captured_in.end();
+    if (begun.is_capture && context && !is_known) pool.captured_in.push_back(context);
     native_->beginAllocateToPool(device, id, std::move(filter));
     ++pool.references;
   } catch (...) {
@@ -283,8 +282,12 @@ void CudaPools::begin(c10::DeviceIndex device, Id id, Filter filter,
   }
   begun.number = next_number_++;
   if (begun.is_capture && served) {
-    announced = {
-        .device = device, .id = id, .number = begun.number, .stream = stream, .on = served};
+    announced = {.device = device,
+                 .id = id,
+                 .number = begun.number,
+                 .stream = stream,
+                 .is_first = !served->is_capturing(stream),
+                 .on = served};
   }
   begun_pools_.push_back(std::move(begun));
   ++begun_;
@@ -338,7 +341,6 @@ Contexts CudaPools::release(c10::DeviceIndex device, Id id) {
     if (pool.provider) released_.push_back({key, pool.provider});
     drop_own_reference(key);
   }
-  empty_released();
   return captured_in;
 }
 
@@ -346,7 +348,7 @@ Contexts CudaPools::abandon(const Announced& capture) {
   const Blocking blocking;
   const Key key{capture.device, capture.id};
   at::HostAllocator* pinned = at::getHostAllocator(at::kCUDA);
-  try_to([&] { capture.on->abandon_capture(capture.stream); });
+  if (capture.is_first) try_to([&] { capture.on->abandon_capture(capture.stream); });
   {
     std::vector<Begun> ended;
     const Lock lock(mutex_);
@@ -364,17 +366,26 @@ Contexts CudaPools::abandon(const Announced& capture) {
 
 bool CudaPools::empty_released() {
   const Blocking blocking;
-  // Captures begin under this lock, and native refuses while there is one.
-  const Lock lock(mutex_);
-  if (released_.empty() || is_captured()) return false;
+  // Native waits for work here, and may take the GIL for its history: so not under our lock.
+  std::vector<Released> due;
+  {
+    const Lock lock(mutex_);
+    if (released_.empty() || is_captured()) return false;
+    due.swap(released_);
+  }
   bool came_back = false;
-  std::erase_if(released_, [&](const Released& pool) {
+  std::erase_if(due, [&](const Released& pool) {
     const std::size_t before = pool.provider->count();
-    try_to([&] { native_->emptyCache(pool.key.second); });
+    // Native refuses while something is captured, which is not to begin meanwhile.
+    try_to([&] {
+      pool.provider->device().without_captures([&] { native_->emptyCache(pool.key.second); });
+    });
     came_back |= pool.provider->count() < before;
     // Live tensors keep segments; they are asked for again later.
     return pool.provider->count() == 0;
   });
+  const Lock lock(mutex_);
+  released_.insert(released_.end(), due.begin(), due.end());
   return came_back;
 }
 

@@ -52,6 +52,7 @@ class CudaPools {
     Id id;
     std::uint64_t number = 0;
     StreamId stream = kNoStream;
+    bool is_first = true;  // nothing was captured on the stream then
     std::shared_ptr<CudaDevice> on;
   };
 
@@ -75,7 +76,8 @@ class CudaPools {
   void end(c10::DeviceIndex device, Id id);
   void create(c10::DeviceIndex device, Id id, std::shared_ptr<Native> allocator,
               const std::shared_ptr<CudaDevice>& served);
-  // Returns the contexts in which something was captured that is gone by this.
+  // Returns the contexts in which something was captured that is gone by this. To be followed by
+  // empty_released().
   std::vector<std::shared_ptr<Context>> release(c10::DeviceIndex device, Id id);
 
   // The capture that the calling thread began last, once. Forgotten with the next.

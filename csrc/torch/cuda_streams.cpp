@@ -12,6 +12,8 @@
 #include <unordered_map>
 #include <utility>
 
+#include "torch/cuda_allocator.h"
+#include "torch/cuda_workspaces.h"
 #include "torch/operator_gate.h"
 
 namespace pgk {
@@ -146,6 +148,8 @@ class CudaStreams final : public ThreadStreams {
   }
 
   void leave(Saved saved, const std::shared_ptr<Context>& outer) override {
+    if (CudaWorkspaces::has_noted()) [[unlikely]]
+      leave_workspaces(current());
     c10::cuda::setCurrentCUDAStream(CUDAStream::unpack3(saved, index_, c10::DeviceType::CUDA));
     set_callers_context(outer);
     gate_operators(*this, outer.get());

@@ -3,8 +3,8 @@
 #include <c10/core/Allocator.h>
 #include <c10/macros/Export.h>
 
+#include <algorithm>
 #include <array>
-#include <functional>
 #include <map>
 #include <shared_mutex>
 #include <tuple>
@@ -19,10 +19,11 @@
 #if __has_include(<cublas_v2.h>) && __has_include(<cusparse.h>) && __has_include(<cusolverDn.h>)
 #include <ATen/cuda/CUDAContextLight.h>
 #else
+struct cublasContext;
 namespace at::cuda {
 struct WorkspaceMapWithMutex {
 #if PGK_TORCH_AT_LEAST(2, 13)
-  std::map<std::tuple<void*, void*>, std::pair<at::DataPtr, size_t> > map;
+  std::map<std::tuple<void*, void*>, std::pair<at::DataPtr, size_t>> map;
 #else
   std::map<std::tuple<void*, void*>, at::DataPtr> map;
 #endif
@@ -31,6 +32,11 @@ struct WorkspaceMapWithMutex {
 TORCH_CUDA_CPP_API WorkspaceMapWithMutex& cublas_handle_stream_to_workspace();
 TORCH_CUDA_CPP_API WorkspaceMapWithMutex& cublaslt_handle_stream_to_workspace();
 TORCH_CUDA_CPP_API size_t getChosenWorkspaceSize();
+#if PGK_TORCH_AT_LEAST(2, 12)
+TORCH_CUDA_CPP_API cublasContext* getCurrentCUDABlasHandle(bool setup = true);
+#else
+TORCH_CUDA_CPP_API cublasContext* getCurrentCUDABlasHandle();
+#endif
 }  // namespace at::cuda
 #endif
 
@@ -53,14 +59,26 @@ std::array<Map*, 2> maps() {
           &at::cuda::cublaslt_handle_stream_to_workspace()};
 }
 
-// `goes` is asked under the lock that threads ask for workspaces with.
-bool drop(const Context& context, const std::function<bool(const void*)>& goes) {
-  std::vector<at::DataPtr> dropped;  // freed without that lock
+struct Noted {
+  std::vector<std::weak_ptr<Context>> contexts;
+};
+thread_local Noted noted;
+
+bool is_of(const void* pointer, const Context& context) {
+  return AddressTable::owner_of(pointer) == &context ||
+         AddressTable::segment_owner_of(pointer) == &context;
+}
+
+// `goes` is asked for keys of handle and stream, under the lock that threads ask for workspaces
+// with; what went is freed without it.
+template <typename Goes>
+void drop(const Context& context, const Goes& goes) {
+  std::vector<at::DataPtr> dropped;
   for (Map* map : maps()) {
     const std::unique_lock lock(map->mutex);
     for (auto entry = map->map.begin(); entry != map->map.end();) {
       at::DataPtr& data = data_of(entry->second);
-      if (AddressTable::owner_of(data.get()) == &context && goes(data.get())) {
+      if (is_of(data.get(), context) && goes(entry->first)) {
         dropped.push_back(std::move(data));
         entry = map->map.erase(entry);
       } else {
@@ -68,7 +86,6 @@ bool drop(const Context& context, const std::function<bool(const void*)>& goes) 
       }
     }
   }
-  return !dropped.empty();
 }
 
 }  // namespace
@@ -92,28 +109,45 @@ std::size_t CudaWorkspaces::bytes_of(std::uint64_t context_id) {
   return bytes;
 }
 
-void CudaWorkspaces::note(const void* pointer) {
-  const std::lock_guard lock(mutex_);
-  threads_[pointer] = this_thread_number();
+void CudaWorkspaces::note(const std::shared_ptr<Context>& context) {
+  std::erase_if(noted.contexts, [&](const auto& known) {
+    const auto alive = known.lock();
+    return !alive || alive == context;
+  });
+  noted.contexts.push_back(context);
+  has_noted_ = true;
 }
 
-bool CudaWorkspaces::drop_idle(const Context& context) {
-  const std::uint64_t own = this_thread_number();
-  const std::lock_guard lock(mutex_);
-  return drop(context, [&](const void* pointer) {
-    const auto noted = threads_.find(pointer);
-    if (noted == threads_.end() || noted->second == own) return false;
-    const auto contexts = contexts_of_threads();
-    const auto thread = contexts.find(noted->second);
-    // The handle of a thread that has ended may be another one's.
-    const bool goes = thread != contexts.end() && thread->second != &context;
-    if (goes) threads_.erase(noted);
-    return goes;
+std::shared_ptr<Context> CudaWorkspaces::take_short_of_memory(StreamId stream) {
+  for (auto known = noted.contexts.begin(); known != noted.contexts.end(); ++known) {
+    auto context = known->lock();
+    if (!context || context->stream() != stream) continue;
+    if (context->used_bytes() <= context->budget() / 2) return nullptr;
+    noted.contexts.erase(known);
+    has_noted_ = !noted.contexts.empty();
+    return context;
+  }
+  return nullptr;
+}
+
+void CudaWorkspaces::drop_own(const Context& context) {
+#if PGK_TORCH_AT_LEAST(2, 12)
+  const void* handle = at::cuda::getCurrentCUDABlasHandle(/*setup=*/false);
+#else
+  const void* handle = at::cuda::getCurrentCUDABlasHandle();
+#endif
+  const auto stream = context.stream();
+  drop(context, [&](const std::tuple<void*, void*>& key) {
+    return std::get<0>(key) == handle && reinterpret_cast<StreamId>(std::get<1>(key)) == stream;
   });
 }
 
-bool CudaWorkspaces::drop_all(const Context& context) {
-  return drop(context, [](const void*) { return true; });
+void CudaWorkspaces::drop_all(const Context& context) {
+  drop(context, [&](const std::tuple<void*, void*>&) {
+    const auto contexts = contexts_of_threads();
+    return std::none_of(contexts.begin(), contexts.end(),
+                        [&](const auto& entry) { return entry.second == &context; });
+  });
 }
 
 }  // namespace pgk
