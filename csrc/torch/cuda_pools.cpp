@@ -273,9 +273,10 @@ void CudaPools::begin(c10::DeviceIndex device, Id id, Filter filter,
     Pool& pool = pools_[key];
     const bool is_known = std::find(pool.captured_in.begin(), pool.captured_in.end(), context) !=
                           pool.captured_in.end();
-    if (begun.is_capture && context && !is_known) pool.captured_in.push_back(context);
+    pool.captured_in.reserve(pool.captured_in.size() + 1);
     native_->beginAllocateToPool(device, id, std::move(filter));
     ++pool.references;
+    if (begun.is_capture && context && !is_known) pool.captured_in.push_back(context);
   } catch (...) {
     if (is_new) drop_own_reference(key);
     throw;
