@@ -245,8 +245,7 @@ def context_session(
         ContextDestroyedError: on entering, if it has been destroyed.
         torch.OutOfMemoryError: on entering, if it is evicted and there is no room for it; nothing
             is lost, and it can be entered later.
-        ContextBusyError: on entering, if it is evicted and work of others did not let it come back
-            in time (see ``claim_timeout``); the text says whose.
+        ContextBusyError: on entering, if work of others did not let it come back in time.
         SessionError: on leaving in another thread than the one that entered; on entering in the
             middle of a CUDA graph capture; on leaving a ``with`` that was held across an ``await``;
             on ``async with`` where no event loop of asyncio runs, or one that cannot be followed;
