@@ -32,7 +32,8 @@ class Manager;
 class ThreadStreams;
 struct Partition;
 
-// How far a request goes: takes what is ready; waits for the device's work; has others evicted.
+// How far a request goes: takes what is ready; or waits for the device's work, and has others give
+// way.
 enum class Effort : std::uint8_t { ready, evict };
 
 struct ContextSpec {
