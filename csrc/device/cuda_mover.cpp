@@ -207,7 +207,10 @@ void CudaMover::carry_out(const Batch& batch, const Manner& manner, const Asks& 
 
 void CudaMover::hold_for(const Batch& batch, const Manner& manner, const Asks& asks,
                          std::chrono::nanoseconds lull, std::vector<CUstream>& active) {
-  if (manner.is_gentle) std::this_thread::sleep_until(holds_.pace().next(CudaPace::Clock::now()));
+  const auto has_steps = [](const Lane& lane) { return !lane.empty(); };
+  const auto kind = std::find_if(batch.begin(), batch.end(), has_steps) - batch.begin();
+  const auto begin = holds_.pace().next(CudaPace::Clock::now(), static_cast<std::size_t>(kind));
+  if (manner.is_gentle) std::this_thread::sleep_until(begin);
   const CudaCaptures::KeptOut captures =
       captures_.keep_out(CudaCaptures::Clock::now() + manner.patience);
   const bool is_at_once = CudaHolds::has_context_wait(driver_) && !captures.is_beside_capture();

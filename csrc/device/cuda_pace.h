@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <chrono>
+#include <cstddef>
 #include <deque>
 
 namespace pgk {
@@ -10,14 +12,17 @@ namespace pgk {
 class CudaPace {
  public:
   using Clock = std::chrono::steady_clock;
+  static constexpr std::size_t kKinds = 3;  // of holds that differ in how long they take
 
-  // When a hold that takes as long as the last one may begin.
-  Clock::time_point next(Clock::time_point now) const {
-    Clock::duration left = kMost - std::min(last_, kMost);
+  // Of which kind the next hold is. When it may begin, if it takes as long as the last of its kind.
+  Clock::time_point next(Clock::time_point now, std::size_t kind) {
+    kind_ = kind;
+    const Clock::duration expected = std::min(last_[kind], kMost);
+    Clock::duration left = kMost - expected;
     // Of the latest ones, as many as leave room for another one may lie in the window.
     for (auto hold = holds_.rbegin(); hold != holds_.rend(); ++hold) {
       const Clock::duration taken = hold->end - hold->start;
-      if (taken > left) return hold->start + (taken - left) + kWindow - std::min(last_, kMost);
+      if (taken > left) return std::max(now, hold->start + (taken - left) + kWindow - expected);
       left -= taken;
     }
     return now;
@@ -25,7 +30,7 @@ class CudaPace {
   void add(Clock::time_point start, Clock::time_point end) {
     while (!holds_.empty() && end - holds_.front().end >= kWindow) holds_.pop_front();
     holds_.push_back({start, end});
-    last_ = end - start;
+    last_[kind_] = end - start;
   }
 
  private:
@@ -37,7 +42,8 @@ class CudaPace {
     Clock::time_point end;
   };
   std::deque<Hold> holds_;  // those that may matter
-  Clock::duration last_{};
+  std::array<Clock::duration, kKinds> last_{kMost, kMost, kMost};
+  std::size_t kind_ = 0;
 };
 
 }  // namespace pgk

@@ -31,12 +31,6 @@ void CudaDecorator::take_over(c10::DataPtr& data) {
   std::ignore = data.compare_exchange_deleter(decorated_->raw_deleter(), &delete_block);
 }
 
-void* CudaDecorator::with_effort(Context& context, std::size_t bytes, StreamId stream) {
-  std::string said;
-  if (void* pointer = context.try_allocate(bytes, stream, Effort::evict, &said)) return pointer;
-  refuse(context, bytes, said);
-}
-
 // What torch has and can do without. The first is what native does before it gives up.
 std::vector<Reliefs::Relief> CudaDecorator::reliefs() {
   const auto ask_callbacks = [](bool /*device_is_short*/) {

@@ -147,6 +147,9 @@ class CudaDecorator final : public CudaForwarder {
                           std::shared_ptr<caching::CUDAAllocator> allocator) override {
     pools_.create(device, id, std::move(allocator), served(device));
   }
+  void setUseOnOOM(c10::DeviceIndex device, c10::MempoolId_t id, bool use) override {
+    pools_.set_use_on_oom(device, id, use);
+  }
   caching::CheckpointDelta setCheckpointPoolState(
       c10::DeviceIndex device, std::shared_ptr<caching::AllocatorState> state) override {
     caching::CheckpointDelta delta = native_->setCheckpointPoolState(device, std::move(state));
@@ -170,9 +173,13 @@ class CudaDecorator final : public CudaForwarder {
   }
   void emptyCache(c10::MempoolId_t id) override {
     pools_.empty_released();
+    const bool is_one_pool = id != c10::MempoolId_t{0, 0};
+    // A MemPool that goes asks for it, and what native throws then ends the process. What it keeps
+    // comes back with the next call.
+    if (is_one_pool && CudaPools::in_use()) return;
     native_->emptyCache(id);
-    const auto manager = this->manager();
-    if (manager && id == c10::MempoolId_t{0, 0}) manager->trim();
+    if (is_one_pool) return;
+    if (const auto manager = this->manager()) manager->trim();
   }
   void cacheInfo(c10::DeviceIndex device, std::size_t* largest) override {
     native_->cacheInfo(device, largest);
@@ -274,8 +281,14 @@ class CudaDecorator final : public CudaForwarder {
     void* pointer = nullptr;
     try {
       pointer = context->allocate_resident(bytes, stream);
-      if (pointer == nullptr) [[unlikely]]
-        pointer = with_effort(*context, bytes, stream);  // asks reliefs(), too
+      if (pointer == nullptr) [[unlikely]] {
+        std::string said;
+        pointer = context->try_allocate(bytes, stream, Effort::evict, &said);  // asks reliefs()
+        if (pointer == nullptr) {
+          if (void* spare = pools_.from_last_resort(*context, bytes, stream)) return spare;
+          refuse(*context, bytes, said);
+        }
+      }
     } catch (const Error& error) {
       // Of a session that let its context be destroyed.
       if (error.code() == ErrorCode::context_destroyed) return nullptr;
@@ -286,7 +299,6 @@ class CudaDecorator final : public CudaForwarder {
     return pointer;
   }
 
-  void* with_effort(Context& context, std::size_t bytes, StreamId stream);
   std::vector<Reliefs::Relief> reliefs();
   bool native_caches(c10::DeviceIndex device) const;
   [[noreturn]] void refuse(Context& context, std::size_t bytes, const std::string& said);

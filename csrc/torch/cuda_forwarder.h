@@ -30,9 +30,6 @@ class CudaForwarder : public caching::CUDAAllocator {
   int getPoolUseCount(c10::DeviceIndex device, c10::MempoolId_t id) override {
     return native_->getPoolUseCount(device, id);
   }
-  void setUseOnOOM(c10::DeviceIndex device, c10::MempoolId_t id, bool use) override {
-    native_->setUseOnOOM(device, id, use);
-  }
   void setNoSplit(c10::DeviceIndex device, c10::MempoolId_t id) override {
     native_->setNoSplit(device, id);
   }

@@ -8,7 +8,7 @@
 #include "core/address_table.h"
 #include "core/session.h"
 #include "device/cuda_device.h"
-#include "torch/cuda_pools.h"
+#include "torch/cuda_segments.h"
 
 extern "C" __attribute__((visibility("default"))) void* pgk_malloc(ssize_t size, int device,
                                                                    cudaStream_t /*stream*/) {

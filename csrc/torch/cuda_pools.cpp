@@ -1,31 +1,21 @@
 #include "torch/cuda_pools.h"
 
 #include <ATen/core/CachingHostAllocator.h>
-#include <torch/csrc/cuda/CUDAPluggableAllocator.h>
 
 #include <algorithm>
 #include <exception>
 
-#include "core/address_table.h"
 #include "core/blocking.h"
 #include "core/error.h"
 #include "core/scope_exit.h"
 #include "core/session.h"
-#include "torch/cuda_report.h"
 #include "torch/cuda_streams.h"
 
 namespace pgk {
 namespace {
 
-using Pluggable = torch::cuda::CUDAPluggableAllocator::CUDAPluggableAllocator;
 using Lock = std::lock_guard<std::recursive_mutex>;
 using Contexts = std::vector<std::shared_ptr<Context>>;
-
-// The sizes of native's segments (c10/cuda/CUDACachingAllocator.cpp).
-constexpr std::size_t kSmallRequest = MiB;
-constexpr std::size_t kSmallSegment = 2 * MiB;
-constexpr std::size_t kLargeRequest = 10 * MiB;
-constexpr std::size_t kLargeSegment = 20 * MiB;
 
 thread_local std::optional<CudaPools::Announced> announced;
 
@@ -56,84 +46,6 @@ void try_to(const Call& call) noexcept {
 }
 
 }  // namespace
-
-void* take_segment(Context& context, std::size_t bytes) {
-  void* pointer = nullptr;
-  try {
-    pointer = context.try_allocate(bytes, kNoStream, Effort::ready);
-  } catch (const Error&) {
-    return nullptr;  // a context that is no longer open provides nothing
-  }
-  if (pointer != nullptr) context.count_segment(pointer, /*taken=*/true);
-  return pointer;
-}
-
-void give_back_segment(Context& context, void* pointer) {
-  context.count_segment(pointer, /*taken=*/false);
-  CudaDevice& device = cuda_device(context);
-  try {
-    // Any stream may have replayed a graph.
-    if (const auto event = device.record_all()) {
-      context.free_after(pointer, *event);
-      return;
-    }
-  } catch (const Error&) {
-    // A capture that torch does not know of.
-  }
-  device.announce(current_cuda_stream(device.ordinal()));
-  context.free_after(pointer, device.known_streams());
-}
-
-std::size_t segment_bytes_for(std::size_t bytes) {
-  if (bytes <= kSmallRequest) return kSmallSegment;
-  if (bytes < kLargeRequest) return kLargeSegment;
-  return round_up(bytes, kSmallSegment);
-}
-
-std::shared_ptr<Context> working_context(int ordinal) {
-  const Context* current = current_context();
-  auto context = current == nullptr ? context_of_work(current_cuda_stream(ordinal))
-                                    : std::const_pointer_cast<Context>(current->shared_from_this());
-  const bool is_on_device =
-      context && !context->is_on_host() && cuda_device(*context).ordinal() == ordinal;
-  return is_on_device ? context : nullptr;
-}
-
-// What native takes a pool's segments from. Called under native's lock.
-class CudaPools::Provider final : public Pluggable {
- public:
-  explicit Provider(std::shared_ptr<CudaDevice> device)
-      : Pluggable([](std::size_t, int, cudaStream_t) -> void* { return nullptr; },
-                  [](void*, std::size_t, int, cudaStream_t) {}),
-        device_(std::move(device)) {}
-
-  void* raw_alloc(std::size_t bytes) override {
-    const auto context = working_context(device_->ordinal());
-    void* pointer = context ? take_segment(*context, bytes) : device_->allocate_plain(bytes);
-    if (pointer != nullptr) ++count_;
-    return pointer;
-  }
-  void* raw_alloc_with_stream(std::size_t bytes, cudaStream_t /*stream*/) override {
-    return raw_alloc(bytes);
-  }
-  void raw_delete(void* pointer) override {
-    --count_;
-    if (Context* owner = AddressTable::segment_owner_of(pointer)) {
-      give_back_segment(*owner, pointer);
-    } else {
-      device_->free_plain(pointer);
-    }
-  }
-  std::string name() override { return "pygpukit_torch segments"; }
-
-  CudaDevice& device() const { return *device_; }
-  int ordinal() const { return device_->ordinal(); }
-  std::size_t count() const { return count_; }
-
- private:
-  std::shared_ptr<CudaDevice> device_;
-  std::atomic<std::size_t> count_{0};
-};
 
 // Asking -----------------------------------------------------------------------------------------
 
@@ -180,21 +92,6 @@ bool CudaPools::has_captured(const Context& context) const {
   });
 }
 
-std::size_t CudaPools::unused_bytes_of(const Context& context) const {
-  std::size_t bytes = 0;
-  const Lock lock(mutex_);
-  for (const auto& [key, pool] : pools_) {
-    if (!pool.provider || pool.provider->count() == 0) continue;
-    const auto snapshot = native_->snapshot(key.second, /*include_traces=*/false);
-    for (const auto& segment : snapshot.segments) {
-      const auto* address = reinterpret_cast<const void*>(segment.address);
-      if (AddressTable::segment_owner_of(address) != &context) continue;
-      bytes += segment.total_size - segment.allocated_size;
-    }
-  }
-  return bytes;
-}
-
 // 0 also for a pool that does not exist, which native only tells by an error.
 int CudaPools::use_count(const Key& key) const {
   try {
@@ -210,9 +107,9 @@ int CudaPools::use_count(const Key& key) const {
 bool CudaPools::provide(const Key& key, const std::shared_ptr<CudaDevice>& served,
                         bool has_own_reference) {
   if (!served || pools_.contains(key) || use_count(key) != 0) return false;
-  const auto provider = std::make_shared<Provider>(served);
+  const auto provider = std::make_shared<SegmentProvider>(served);
   ScopeExit undo([&] { pools_.erase(key); });
-  pools_[key] = {provider, 0, has_own_reference, {}};
+  pools_[key] = {provider, 0, has_own_reference, false, {}};
   native_->createOrIncrefPool(key.first, key.second, provider);
   undo.dismiss();
   return true;

@@ -10,8 +10,7 @@
 //   gone     when no segment is left
 //
 // Native calls a pool's provider under its own lock. So nothing here calls native with a lock of a
-// context or a manager held, and providers never take the GIL. Neither taking a segment waits, nor
-// giving one back: what any stream may still do with it is waited for by who needs it.
+// context or a manager held.
 #pragma once
 
 #include <c10/cuda/CUDACachingAllocator.h>
@@ -28,17 +27,9 @@
 
 #include "core/context.h"
 #include "device/cuda_device.h"
+#include "torch/cuda_segments.h"
 
 namespace pgk {
-
-// Idle memory of the context that any stream may use. Null if it cannot be had without waiting.
-void* take_segment(Context& context, std::size_t bytes);
-void give_back_segment(Context& context, void* pointer);
-// What native asks for to serve a request of `bytes` from an empty pool.
-std::size_t segment_bytes_for(std::size_t bytes);
-// The context of the calling thread's session, or of the work that it does for others; null if
-// that is none on the device.
-std::shared_ptr<Context> working_context(int ordinal);
 
 class CudaPools {
  public:
@@ -92,16 +83,21 @@ class CudaPools {
   bool empty_released();
   // What pools in use keep of the context's memory and have not handed out, in bytes. Slow.
   std::size_t unused_bytes_of(const Context& context) const;
+  // As native's function of this name.
+  void set_use_on_oom(c10::DeviceIndex device, Id id, bool use);
+  // A block for a request that the context cannot serve, out of what its pools that are to be used
+  // on OOM keep. Null if none has one. Slow.
+  void* from_last_resort(const Context& context, std::size_t bytes, StreamId stream);
   // Whether graphs may keep addresses of torch's own buffers in the context.
   bool has_captured(const Context& context) const;
 
  private:
-  class Provider;
   using Key = std::pair<c10::DeviceIndex, Id>;
   struct Pool {
-    std::shared_ptr<Provider> provider;  // null if native takes memory of its own
+    std::shared_ptr<SegmentProvider> provider;  // null if native takes memory of its own
     int references = 0;              // of graphs, MemPools and threads, as far as they are known
     bool has_own_reference = false;  // beside these
+    bool use_on_oom = false;
     std::vector<std::shared_ptr<Context>> captured_in;
   };
   // A capture that a device's moves keep away from.
@@ -139,7 +135,7 @@ class CudaPools {
   };
   struct Released {
     Key key;
-    std::shared_ptr<Provider> provider;
+    std::shared_ptr<SegmentProvider> provider;
   };
 
   static bool is_threads();

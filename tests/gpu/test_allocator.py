@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
@@ -13,6 +10,7 @@ import torch
 import pygpukit_torch as pgk
 from pygpukit_torch import GB, MB, QoSPolicy, context_session, create_context, native
 from tests.gpu.beside import at_once
+from tests.gpu.short_processes import run_python
 
 pytestmark = pytest.mark.usefixtures("check_invariants")
 
@@ -321,21 +319,6 @@ def test_a_random_walk_agrees_with_a_reference_count() -> None:
     torch.cuda.synchronize()
     assert allocated() == base
     assert torch.cuda.memory_stats()["allocation.all.freed"] >= made
-
-
-def run_python(code: str, **environment: str) -> str:
-    import os
-
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env={**os.environ, **environment},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout.strip()
 
 
 @pytest.mark.parametrize("seconds", [0, 0.1])

@@ -170,6 +170,41 @@ def test_graphs_stay_on_the_sms_of_their_context(
         assert torch.cuda.current_stream() == torch.cuda.graph.default_capture_stream
 
 
+def test_graphs_stay_right_when_the_share_of_their_context_changes(
+    kernel: object, partitions: PartitionManager
+) -> None:
+    for id, part in (("a", 0.5), ("b", 0.25)):
+        partitions.create_partition(id, id, share(part))
+    context, other = inside("a"), inside("b")
+    own = sms_of(kernel, context)
+    graph = torch.cuda.CUDAGraph()
+    with context_session(context):
+        x = torch.ones(512, 512, device="cuda")
+        marks = torch.zeros(MOST_SMS, dtype=torch.int32, device="cuda")
+        with torch.cuda.graph(graph):
+            y = x @ x
+            launch(kernel, marks)
+
+    def multiply() -> None:
+        with context_session(other):
+            z = torch.full((512, 512), 2.0, device="cuda")
+            assert (z @ z)[0, 0].item() == 2048
+
+    with beside(multiply):
+        for turn, id in enumerate(["b", None, "a", None, "b"] * 4):
+            partitions.assign(context, id)
+            for value in (turn, turn + 1):
+                with context_session(context):
+                    x.fill_(value)
+                    marks.zero_()
+                    graph.replay()
+                    assert y[0, 0].item() == value * value * 512
+                    (x @ x).sum().item()  # on the stream of the new share
+                assert set(torch.nonzero(marks).flatten().tolist()) == own
+            if turn % 5 == 3:
+                context.evict()
+
+
 def test_graph_trees_stay_there_too(kernel: object, partitions: PartitionManager) -> None:
     @torch.library.custom_op("pygpukit_test::marked", mutates_args=())
     def marked(x: torch.Tensor) -> torch.Tensor:

@@ -14,12 +14,21 @@ import torch
 import pygpukit_torch as pgk
 from pygpukit_torch import GB, MB, context_session, create_context
 from tests.gpu.beside import at_once, beside
+from tests.gpu.short_processes import run_python
 
 pytestmark = pytest.mark.usefixtures("check_invariants")
 
 
+def settle() -> None:
+    """Have everything given back that nobody needs."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+
+
 def held_by_a_graph(context: pgk.ExecutionContext) -> tuple[int, int]:
     """What a graph adds to what the context uses, and what of it is left after the graph."""
+    torch.cuda.empty_cache()
     with context_session(context):
         x = torch.ones(8 * MB, device="cuda")
         before = context.usage().used
@@ -30,8 +39,7 @@ def held_by_a_graph(context: pgk.ExecutionContext) -> tuple[int, int]:
         graph.replay()
         assert y.sum().item() == 16 * MB
         del graph, y
-    gc.collect()
-    torch.cuda.synchronize()
+    settle()
     return with_graph - before, context.usage().used - before
 
 
@@ -202,6 +210,82 @@ def test_threads_share_no_pool_of_another_thread() -> None:
                 assert any(y.data_ptr() in range(*one) for one in segments)
 
 
+@pytest.mark.parametrize("maker", ["none", "a session"])
+def test_a_mempool_goes_while_others_are_in_use(maker: str) -> None:
+    """Torch's destructor empties it, which native refuses with an error that ends the process."""
+    context, other = create_context("a", GB), create_context("b", GB)
+    kept = torch.cuda.MemPool()
+
+    def pool_with_memory() -> torch.cuda.MemPool:
+        pool = torch.cuda.MemPool()
+        with torch.cuda.use_mem_pool(pool):
+            torch.ones(8 * MB, device="cuda")
+        return pool
+
+    def make() -> torch.cuda.MemPool:
+        if maker == "none":
+            return pool_with_memory()
+        with context_session(context):
+            return pool_with_memory()
+
+    def use_another() -> None:
+        with context_session(other), torch.cuda.use_mem_pool(kept):
+            torch.ones(1000, device="cuda")
+
+    before = torch.cuda.memory_reserved()
+    with beside(use_another):
+        for _ in range(100):
+            pool = make()
+            del pool
+            gc.collect()
+    settle()
+    assert context.usage().used == 0
+    assert torch.cuda.memory_reserved() <= before + 64 * MB
+
+
+def test_a_pool_that_does_not_split_has_a_segment_for_each_block() -> None:
+    context = create_context("a", GB)
+    with context_session(context):
+        split, whole = torch.cuda.MemPool(), torch.cuda.MemPool(no_split=True)
+        kept = []
+        for pool in (split, whole):
+            with torch.cuda.use_mem_pool(pool):
+                kept += [torch.ones(MB, device="cuda") for _ in range(3)]
+        assert len(split.snapshot()) == 1
+        assert [len(segment["blocks"]) for segment in whole.snapshot()] == [1, 1, 1]
+        assert all(x.sum().item() == MB for x in kept)
+
+
+def test_a_pool_to_be_used_on_oom_serves_its_own_context_alone() -> None:
+    a, b = create_context("a", 256 * MB), create_context("b", 64 * MB)
+    with context_session(a):
+        spare, closed = torch.cuda.MemPool(use_on_oom=True), torch.cuda.MemPool()
+        full = []
+        for pool in (spare, closed):
+            with torch.cuda.use_mem_pool(pool):
+                full.append(torch.ones(25 * MB, device="cuda"))  # 100 MiB
+        address = full[0].data_ptr()
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(80 * MB, dtype=torch.uint8, device="cuda")
+        full.clear()
+    for _ in range(100):
+        with context_session(a):
+            y = torch.full((20 * MB,), 3.0, device="cuda")
+            assert y.data_ptr() == address
+            with pytest.raises(torch.OutOfMemoryError, match="free in private pools"):
+                torch.empty(80 * MB, dtype=torch.uint8, device="cuda")
+            assert y.sum().item() == 60 * MB
+            del y
+        with context_session(b), pytest.raises(torch.OutOfMemoryError):
+            torch.empty(80 * MB, dtype=torch.uint8, device="cuda")
+    del spare
+    gc.collect()
+    with context_session(a), pytest.raises(torch.OutOfMemoryError):
+        torch.empty(200 * MB, dtype=torch.uint8, device="cuda")
+    with context_session(a):
+        torch.empty(100 * MB, dtype=torch.uint8, device="cuda")  # what the pool gave back
+
+
 # Released pools ----------------------------------------------------------------------------------
 
 
@@ -342,8 +426,7 @@ def test_graphs_of_one_pool_go_in_any_order(order: tuple[int, ...]) -> None:
             if n == 1:
                 graph.reset()
             del graph, y
-    gc.collect()
-    torch.cuda.synchronize()
+    settle()
     assert context.usage().used == before
 
 
@@ -363,8 +446,7 @@ def test_reduce_overhead_after_a_warm_up_outside_is_charged() -> None:
         assert torch.allclose(y, torch.relu(x * 3) + 1)
         del y
     torch._dynamo.reset()
-    gc.collect()
-    torch.cuda.synchronize()
+    settle()
     assert context.usage().used <= before
 
 
@@ -383,3 +465,39 @@ def test_reduce_overhead_outside_after_its_context_was_destroyed() -> None:
         torch.compiler.cudagraph_mark_step_begin()
         w = g(z)
     assert torch.allclose(w, torch.sin(z) * 2)
+
+
+# Ends of processes -------------------------------------------------------------------------------
+
+
+def test_a_process_ends_with_graphs_and_pools_alive() -> None:
+    code = """
+        import gc, torch, pygpukit_torch as pgk
+        pgk.initialize(device="cuda", total_vram=4 * pgk.GB)
+        kept = []
+        for name in "ab":
+            context = pgk.create_context(name, pgk.GB)
+            session = pgk.context_session(context)
+            session.__enter__()
+            x = torch.ones(1000, device="cuda")
+            graph, pool = torch.cuda.CUDAGraph(), torch.cuda.MemPool()
+            with torch.cuda.graph(graph):
+                y = x @ x
+            with torch.cuda.use_mem_pool(pool):
+                z = torch.ones(1000, device="cuda")
+            graph.replay()
+            kept.append((graph, pool, x, y, z))
+            if name == "a":
+                session.__exit__(None, None, None)
+                context.destroy()
+        f = torch.compile(lambda x: x * 2, mode="reduce-overhead")
+        for _ in range(3):
+            w = f(x)
+        half = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            half.capture_begin(capture_error_mode="relaxed")
+            torch.ones(10, device="cuda")
+        print("end")
+    """
+    assert run_python(code) == "end"
