@@ -285,7 +285,8 @@ class Manager : public std::enable_shared_from_this<Manager> {
   std::size_t drop_backups(std::size_t bytes);
   std::optional<Error> choose_ins(Context& context, Round& round);
   std::optional<Error> carry_out(Round& round);
-  bool is_anybody_else_at_work(const Round& round) const;
+  // In a session now, or since the use of this number.
+  bool is_anybody_else_at_work(const Round& round, std::uint64_t since) const;
   std::vector<StreamId> streams_of(const Round& round) const;
   std::string whose(StreamId stream) const;
   void take_host_memory(Round& round);

@@ -202,12 +202,16 @@ std::vector<StreamId> Manager::streams_of(const Round& round) const {
 }
 
 // In a session, but for the claimant's own, and for contexts that move, which have to stand still.
-bool Manager::is_anybody_else_at_work(const Round& round) const {
+bool Manager::is_anybody_else_at_work(const Round& round, std::uint64_t since) const {
+  const std::lock_guard lock(mutex_);
   const std::vector<Context*> contexts = all();
   return std::any_of(contexts.begin(), contexts.end(), [&](const Context* context) {
+    const bool is_claimant = context == round.claimant;
+    // Whoever serves request after request is in no session now and then.
+    const bool was_used = !is_claimant && context->last_use_.load() > since;
+    if (!was_used && context->sessions() <= (is_claimant ? 1 : 0)) return false;
     const auto is_its = [=](const Round::Page& page) { return page.context == context; };
-    if (std::any_of(round.pages.begin(), round.pages.end(), is_its)) return false;
-    return context->sessions() > (context == round.claimant ? 1 : 0);
+    return std::none_of(round.pages.begin(), round.pages.end(), is_its);
   });
 }
 
@@ -276,9 +280,11 @@ std::optional<Error> Manager::carry_out(Round& round) {
   try {
     {
       const std::lock_guard lock(mutex_);
-      manner.is_gentle = is_anybody_else_at_work(round);
       manner.own = streams_of(round);
     }
+    manner.are_others_at_work = [&, since = Context::next_use()] {
+      return is_anybody_else_at_work(round, since);
+    };
     device_->drain(manner.patience);
     take_host_memory(round);
     std::vector<Move> moves;

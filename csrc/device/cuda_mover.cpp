@@ -87,13 +87,14 @@ void CudaMover::move(std::span<Move> moves, const Manner& manner, const Asks& as
 
   Left left = sort(moves);
   while (!left.is_empty() || !staging_.is_empty()) {
+    is_gentle_ = manner.are_others_at_work && manner.are_others_at_work();
     if (fingerprint_->is_available()) {
-      copy_ahead(left, manner);
+      copy_ahead(left);
     } else {
       left.changed.insert(left.changed.end(), left.outs.begin(), left.outs.end());
       left.outs.clear();
     }
-    const Batch batch = next_batch(left, manner);
+    const Batch batch = next_batch(left);
     if (std::all_of(batch.begin(), batch.end(), [](const Lane& lane) { return lane.empty(); })) {
       staging_.await_oldest();
       continue;
@@ -120,10 +121,10 @@ CudaMover::Left CudaMover::sort(std::span<Move> moves) const {
   return left;
 }
 
-void CudaMover::copy_ahead(Left& left, const Manner& manner) {
+void CudaMover::copy_ahead(Left& left) {
   // For the next hold, and to be copied during it. More would take the copy engine from mapping,
   // which needs it as well.
-  const std::size_t ahead = 2 * copied_batch(!left.ins.empty(), manner);
+  const std::size_t ahead = 2 * copied_batch(!left.ins.empty());
   while (!left.outs.empty()) {
     Move& next = *left.outs.front();
     if (staging_.is_full(next.from.bytes, ahead)) return;
@@ -140,35 +141,35 @@ void CudaMover::copy_ahead(Left& left, const Manner& manner) {
   }
 }
 
-std::size_t CudaMover::batch(const Manner& manner) const {
-  if (manner.is_gentle) return kSmallBatch;
+std::size_t CudaMover::batch() const {
+  if (is_gentle_) return kSmallBatch;
   return is_waited_for_ ? kLargeBatch : kBatch;
 }
 
 // What a hold takes of pages that were copied ahead. Beside copies there is time for more.
-std::size_t CudaMover::copied_batch(bool brings_in, const Manner& manner) const {
+std::size_t CudaMover::copied_batch(bool brings_in) const {
   const bool is_large = brings_in || is_waited_for_;
-  return std::min(batch(manner), is_large ? kBatch : kCopiedBatch);
+  return std::min(batch(), is_large ? kBatch : kCopiedBatch);
 }
 
-CudaMover::Batch CudaMover::next_batch(Left& left, const Manner& manner) {
+CudaMover::Batch CudaMover::next_batch(Left& left) {
   Batch batch;
   const auto copy = [](Move* move) { return Step{move, std::nullopt, true}; };
   const auto is_full = [&] {
     const auto has_steps = [](const Lane& lane) { return !lane.empty(); };
-    return manner.is_gentle && std::any_of(batch.begin(), batch.end(), has_steps);
+    return is_gentle_ && std::any_of(batch.begin(), batch.end(), has_steps);
   };
-  take_copied(batch[kCompared], copied_batch(!left.ins.empty(), manner));
+  take_copied(batch[kCompared], copied_batch(!left.ins.empty()));
   if (batch[kCompared].empty()) {
-    take(left.known, this->batch(manner), batch[kCompared],
+    take(left.known, this->batch(), batch[kCompared],
          [](Move* move) { return Step{move, move->known, false}; });
   }
   if (is_full()) return batch;
-  take(left.ins, this->batch(manner), batch[kIn], copy);
+  take(left.ins, this->batch(), batch[kIn], copy);
   if (is_full()) return batch;
   // Copies ahead of holds would only slow these down.
   if (left.outs.empty() && staging_.is_empty()) {
-    take(left.changed, this->batch(manner), batch[kOut], copy);
+    take(left.changed, this->batch(), batch[kOut], copy);
   }
   return batch;
 }
@@ -210,7 +211,7 @@ void CudaMover::hold_for(const Batch& batch, const Manner& manner, const Asks& a
   const auto has_steps = [](const Lane& lane) { return !lane.empty(); };
   const auto kind = std::find_if(batch.begin(), batch.end(), has_steps) - batch.begin();
   const auto begin = holds_.pace().next(CudaPace::Clock::now(), static_cast<std::size_t>(kind));
-  if (manner.is_gentle) std::this_thread::sleep_until(begin);
+  if (is_gentle_) std::this_thread::sleep_until(begin);
   const CudaCaptures::KeptOut captures =
       captures_.keep_out(CudaCaptures::Clock::now() + manner.patience);
   const bool is_at_once = CudaHolds::has_context_wait(driver_) && !captures.is_beside_capture();

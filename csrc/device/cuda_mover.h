@@ -75,10 +75,10 @@ class CudaMover {
   using Batch = std::array<Lane, CudaFlags::kLanes>;
 
   Left sort(std::span<Move> moves) const;
-  std::size_t batch(const Manner& manner) const;
-  std::size_t copied_batch(bool brings_in, const Manner& manner) const;
-  void copy_ahead(Left& left, const Manner& manner);
-  Batch next_batch(Left& left, const Manner& manner);
+  std::size_t batch() const;
+  std::size_t copied_batch(bool brings_in) const;
+  void copy_ahead(Left& left);
+  Batch next_batch(Left& left);
   void take_copied(Lane& lane, std::size_t limit);
   void carry_out(const Batch& batch, const Manner& manner, const Asks& asks);
   void hold_for(const Batch& batch, const Manner& manner, const Asks& asks,
@@ -98,7 +98,9 @@ class CudaMover {
   CudaCaptures& captures_;
   std::timed_mutex mutex_;
   CudaHolds holds_;
-  bool is_waited_for_ = false;  // streams at work, by the last hold
+  // By the last hold, and by the last look:
+  bool is_waited_for_ = false;  // streams at work
+  bool is_gentle_ = false;      // since others are at work
   CudaStaging staging_;
   std::mutex preparing_;
   std::optional<CudaFingerprint> fingerprint_;  // once prepared

@@ -78,8 +78,10 @@ class Restless : public Error {
 // How a move treats the work of others.
 struct Manner {
   std::chrono::nanoseconds patience{};  // how long to wait for streams to come to rest, each time
-  bool is_gentle = false;               // others are at work: hold them briefly, and not often
-  std::vector<StreamId> own{};          // streams of who moves: they may be held for longer
+  // Whether others are at work: they are held briefly, and not often. Asked again and again, while
+  // nobody is held. Empty: nobody is.
+  std::function<bool()> are_others_at_work{};
+  std::vector<StreamId> own{};  // streams of who moves: they may be held for longer
 };
 
 class Device {

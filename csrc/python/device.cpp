@@ -85,7 +85,9 @@ void bind_device(py::module_& module) {
             ScopeExit tell([&] {
               for (std::size_t i = 0; i < all.size(); ++i) *moves[i] = all[i];
             });
-            self.move(all, {.patience = nanoseconds(patience), .is_gentle = gently, .own = {}});
+            self.move(all, {.patience = nanoseconds(patience),
+                            .are_others_at_work = [gently] { return gently; },
+                            .own = {}});
           },
           py::arg("moves"), py::arg("patience") = 10.0, py::arg("gently") = false, Unlocked())
       .def("announce", &Device::announce, py::arg("stream"))
