@@ -87,8 +87,8 @@ def initialize(
         host_backup: bytes of host memory for evicted contexts; by default the smaller of
             ``total_vram`` and half of the free host memory. With 0 nothing is evicted, and no
             reservation is lent.
-        claim_timeout: seconds that a claim of a reservation waits for contexts in use to yield,
-            10 by default.
+        claim_timeout: seconds that a claim of a reservation waits for contexts in use to yield, and
+            a move for streams to come to rest, 10 by default.
         install: False leaves torch's CUDA allocator alone. Sessions then only serve MemPools made
             with ``torch.cuda.memory.CUDAPluggableAllocator(pygpukit_torch.native.__file__,
             "pgk_malloc", "pgk_free")``, in whole segments: for processes whose allocator cannot

@@ -156,7 +156,7 @@ void Context::record_use(const void* pointer, StreamId stream) {
   {
     const std::lock_guard lock(mutex_);
     const std::uint32_t start = granule_of(pointer);
-    if (state_ == State::forked) return;
+    if (state_ == State::forked || stream == kNoStream) return;
     device_->announce(stream);
     if (arena_.live_granules(start) != 0 && lanes_[arena_.lane_of(start)] != stream) {
       std::vector<StreamId>& uses = uses_[start];
@@ -233,7 +233,7 @@ std::optional<EventId> Context::awaited_event() const {
 std::optional<EventId> Context::event_of_all() const {
   for (const Fence& fence : fences_) {
     for (const Fence::Point& point : fence.points) {
-      if (point.stream == kNoStream) return point.event;
+      if (point.stream == kNoStream && point.event != 0) return point.event;
     }
   }
   return std::nullopt;

@@ -298,6 +298,7 @@ class Manager : public std::enable_shared_from_this<Manager> {
   bool may_try_again(Clock::time_point deadline, const Round& round,
                      const std::optional<Error>& failure, Stopped& victims, std::string& why);
   bool bring_back(Return& way, Stopped& self);
+  bool is_all_back(const Context& context) const;
   bool relieve(Reliefs::Left& left, bool device_is_short);
   bool await_all_streams(const Context& context);
   bool ask(Context& context, std::size_t bytes, std::size_t available);

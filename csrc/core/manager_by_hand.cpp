@@ -80,6 +80,10 @@ void Manager::pin_orphan(Context& context) {
     require_usable();
     do {
       wait_until_still(lock, context);
+      if (find(context.id()) != &context) {
+        throw Error(ErrorCode::context_destroyed,
+                    "context '" + context.name() + "' has been destroyed, and nothing is left");
+      }
     } while (!self.stop(context, /*even_if_used=*/true));
   } while (!bring_back(way, self));
   const std::lock_guard lock(mutex_);

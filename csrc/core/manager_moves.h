@@ -78,6 +78,7 @@ struct Manager::Round {
   static constexpr std::size_t kMostPages = 16;
   static constexpr std::chrono::nanoseconds kLeastPatience = std::chrono::milliseconds(1);
   static constexpr std::chrono::nanoseconds kTimePerGiB = std::chrono::seconds(4);
+  static constexpr std::chrono::nanoseconds kTimePerPage = std::chrono::milliseconds(50);
 
   std::vector<Page> pages;
   std::size_t outs = 0;
@@ -95,9 +96,14 @@ struct Manager::Round {
   // How much longer its deadline is for what has come where it was to come: by that, what waits for
   // work of others ends also if it gets on, only slowly.
   std::chrono::nanoseconds time_for_moved() const {
-    std::size_t bytes = 0;
-    for (const Page& page : pages) bytes += page.move.done ? page.move.from.bytes : 0;
-    return kTimePerGiB / 1024 * (bytes / (std::size_t{1} << 20));
+    std::chrono::nanoseconds time{};
+    for (const Page& page : pages) {
+      if (page.move.done) {
+        time += std::max<std::chrono::nanoseconds>(
+            kTimePerPage, kTimePerGiB / 1024 * (page.move.from.bytes / MiB));
+      }
+    }
+    return time;
   }
   std::size_t outs_left() const { return kMostPages - outs; }
   std::size_t ins_left() const { return kMostPages - (pages.size() - outs); }

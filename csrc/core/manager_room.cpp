@@ -151,7 +151,7 @@ bool Manager::may_try_again(Clock::time_point deadline, const Round& round,
     const std::string time = std::to_string(limit.count()) + " ms";
     why = failure
               ? "it took longer than claim_timeout allows (" + time +
-                    ", and 4 s a GiB): " + failure->what()
+                    ", and 4 s a GiB, 50 ms a page at least): " + failure->what()
               : "context '" + round.in_use->name() + "' is in use and did not yield within " + time;
     return false;
   }
@@ -272,6 +272,12 @@ void Manager::begin_session(Context& context, bool keeps_active) {
   context.last_use_.store(Context::next_use(), std::memory_order_relaxed);
 }
 
+bool Manager::is_all_back(const Context& context) const {
+  const std::lock_guard lock(mutex_);
+  const ContextLock context_lock(context.mutex_);
+  return context.live_pages(/*evicted=*/true).empty();
+}
+
 // Of a context that the caller has stopped, as `self`. Out and in go together, as far as there is
 // room. False if it has to be stopped again: a stream may wait for a thread that waits for it.
 bool Manager::bring_back(Return& way, Stopped& self) {
@@ -342,8 +348,8 @@ bool Manager::bring_back(Return& way, Stopped& self) {
     }
     const bool is_progress = !is_chosen || (!failure && !round.pages.empty());
     need.deadline += round.time_for_moved();
-    if (is_progress && Clock::now() < need.deadline) continue;
-    if (is_progress) failure = Error(ErrorCode::busy, "work of others had to be waited for");
+    if (is_progress && (Clock::now() < need.deadline || is_all_back(context))) continue;
+    if (is_progress) failure = Error(ErrorCode::busy, "its pages moved too slowly");
     {
       const std::lock_guard lock(mutex_);
       self.let_go();

@@ -20,22 +20,26 @@ constexpr auto kLookAgain = 500us;
 
 }  // namespace
 
-void CudaCaptures::begin(CUstream stream, const std::vector<CUstream>& known) {
+std::uint64_t CudaCaptures::begin(CUstream stream, const std::vector<CUstream>& known) {
   Lock lock(mutex_);
   const auto polite_until = Clock::now() + kPoliteness;
   changed_.wait_until(lock, polite_until, [this] { return keepers_ == 0 && waiting_ == 0; });
   if (!changed_.wait_for(lock, kLongestHold, [this] { return keepers_ == 0; })) {
     throw Error(ErrorCode::busy, "cuda: a capture cannot begin while memory is being moved");
   }
-  captures_.push_back({stream, std::this_thread::get_id(), Clock::now(), mark(known)});
+  captures_.push_back(
+      {++last_number_, stream, std::this_thread::get_id(), Clock::now(), mark(known)});
+  return last_number_;
 }
 
-void CudaCaptures::end(CUstream stream) {
+void CudaCaptures::end(std::uint64_t number) {
   {
     Lock lock(mutex_);
     changed_.wait_for(lock, kLongestHold, [this] { return keepers_ == 0; });
     for (Capture& capture : captures_) {
-      if (capture.stream == stream) capture.stream = nullptr;
+      if (capture.number != number) continue;
+      capture.has_begun = goes_on(capture);
+      if (!capture.has_begun) capture.stream = nullptr;
     }
     forget_ended();
   }
@@ -74,11 +78,15 @@ bool CudaCaptures::is_past(const std::vector<CUevent>& events) const {
   });
 }
 
-bool CudaCaptures::is_over(Capture& capture) const {
-  if (capture.stream == nullptr) return true;
+bool CudaCaptures::goes_on(const Capture& capture) const {
   CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
   const CUresult result = driver_.cuStreamIsCapturing_fn(capture.stream, &status);
-  const bool goes_on = result == CUDA_SUCCESS && status != CU_STREAM_CAPTURE_STATUS_NONE;
+  return result == CUDA_SUCCESS && status != CU_STREAM_CAPTURE_STATUS_NONE;
+}
+
+bool CudaCaptures::is_over(Capture& capture) const {
+  if (capture.stream == nullptr) return true;
+  const bool goes_on = this->goes_on(capture);
   capture.has_begun |= goes_on;
   return !goes_on && (capture.has_begun || Clock::now() - capture.announced_at > kBeginning);
 }

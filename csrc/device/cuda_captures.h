@@ -53,10 +53,11 @@ class CudaCaptures {
   explicit CudaCaptures(const CudaDriver& driver) : driver_(driver) {}
 
   // The calling thread is about to capture on `stream`, which others of these may join. Waits while
-  // captures are kept out. Throws ErrorCode::busy if that does not end.
-  void begin(CUstream stream, const std::vector<CUstream>& known);
-  // Waits for what goes on beside it, which leaves captured streams alone.
-  void end(CUstream stream);
+  // captures are kept out. Returns its number. Throws ErrorCode::busy if that does not end.
+  std::uint64_t begin(CUstream stream, const std::vector<CUstream>& known);
+  // Waits for what goes on beside it, which leaves captured streams alone. Where the driver still
+  // captures, since another pool is used for a while, it is remembered until that ends.
+  void end(std::uint64_t number);
   // Waits for captures to end; beside one only for what its stream was given before. Throws
   // Restless.
   KeptOut keep_out(Clock::time_point deadline);
@@ -67,7 +68,8 @@ class CudaCaptures {
 
  private:
   struct Capture {
-    CUstream stream = nullptr;
+    std::uint64_t number = 0;
+    CUstream stream = nullptr;  // null: it is over
     std::thread::id thread;
     Clock::time_point announced_at;
     std::vector<CUevent> before;  // what streams had been given then
@@ -78,6 +80,7 @@ class CudaCaptures {
   void let_in();
   void await(Lock& lock, Clock::time_point deadline);
   void forget_ended();
+  bool goes_on(const Capture& capture) const;
   bool is_over(Capture& capture) const;
   bool is_beside_locked() const;
   std::vector<CUevent> mark(const std::vector<CUstream>& streams) const;
@@ -88,6 +91,7 @@ class CudaCaptures {
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::vector<Capture> captures_;
+  std::uint64_t last_number_ = 0;
   std::size_t keepers_ = 0;
   std::size_t waiting_ = 0;  // to become one
   static inline thread_local bool is_beside_ = false;

@@ -51,8 +51,9 @@ class CudaDevice final : public Device, public std::enable_shared_from_this<Cuda
   int ordinal() const { return ordinal_; }
   // Around a capture of the calling thread on `stream`, which moves keep away from. begin_capture()
   // may block; throws ErrorCode::busy if it was in vain.
-  void begin_capture(StreamId stream);
-  void end_capture(StreamId stream) { captures_.end(handle_of(stream)); }
+  std::uint64_t begin_capture(StreamId stream);
+  // What begin_capture() returned.
+  void end_capture(std::uint64_t number) { captures_.end(number); }
   // Of one on `stream` that nobody will end any more, should it go on.
   void abandon_capture(StreamId stream);
   using BesideCapture = CudaCaptures::Beside;

@@ -9,12 +9,12 @@
 
 namespace pgk {
 
-void CudaDevice::begin_capture(StreamId stream) {
+std::uint64_t CudaDevice::begin_capture(StreamId stream) {
   const Scope scope(*this);
   announce(stream);
   std::vector<CUstream> known;
   for (const StreamId id : known_.all()) known.push_back(handle_of(id));
-  captures_.begin(handle_of(stream), known);
+  return captures_.begin(handle_of(stream), known);
 }
 
 void CudaDevice::abandon_capture(StreamId stream) {

@@ -83,7 +83,7 @@ bool CudaDecorator::make_room_for_native(StreamId stream, std::size_t bytes) {
   const auto payer = pools_.payer_of(stream);
   if (!payer) {
     const auto manager = this->manager();
-    return manager && manager->give_way(bytes);
+    return manager && manager->give_way(segment_bytes_for(bytes));
   }
   // What a capture needs cannot wait for its end, whichever thread asks.
   std::optional<CudaDevice::BesideCapture> beside;

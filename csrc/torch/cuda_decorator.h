@@ -20,6 +20,7 @@
 #include "core/address_table.h"
 #include "core/error.h"
 #include "core/manager.h"
+#include "core/scope_exit.h"
 #include "core/session.h"
 #include "torch/cuda_forwarder.h"
 #include "torch/cuda_pools.h"
@@ -106,14 +107,17 @@ class CudaDecorator final : public CudaForwarder {
       owner->record_use(pointer, CudaDevice::id_of(stream.stream()));
       return;
     }
+    // What torch did not allocate is nobody's business.
+    const c10::DeleterFnPtr deleter = data.get_deleter();
+    if (deleter != &delete_block && deleter != native_->raw_deleter()) return;
     // Native has divided a segment; that it moves is still the context's business.
     if (Context* owner = AddressTable::segment_owner_of(pointer)) {
       owner->record_use(pointer, CudaDevice::id_of(stream.stream()));
     }
     // Native looks at the deleter to tell whether the block is its own.
     c10::DataPtr alias(pointer, pointer, native_->raw_deleter(), data.device());
+    const ScopeExit keep_block([&] { alias.release_context(); });
     native_->recordStream(alias, stream);
-    alias.release_context();
   }
 
   cudaError_t memcpyAsync(void* destination, int destination_device, const void* source,
@@ -173,12 +177,16 @@ class CudaDecorator final : public CudaForwarder {
   }
   void emptyCache(c10::MempoolId_t id) override {
     pools_.empty_released();
-    const bool is_one_pool = id != c10::MempoolId_t{0, 0};
-    // A MemPool that goes asks for it, and what native throws then ends the process. What it keeps
-    // comes back with the next call.
-    if (is_one_pool && CudaPools::in_use()) return;
+    if (id != c10::MempoolId_t{0, 0}) {
+      // For a MemPool that goes, whose destructor must not throw. Native refuses while anybody
+      // allocates to a pool; then what it keeps comes back later.
+      try {
+        native_->emptyCache(id);
+      } catch (const c10::Error&) {
+      }
+      return;
+    }
     native_->emptyCache(id);
-    if (is_one_pool) return;
     if (const auto manager = this->manager()) manager->trim();
   }
   void cacheInfo(c10::DeviceIndex device, std::size_t* largest) override {
@@ -195,6 +203,7 @@ class CudaDecorator final : public CudaForwarder {
   }
   caching::ShareableHandle shareIpcHandle(void* pointer) override {
     const Context* owner = AddressTable::owner_of(pointer);
+    if (owner == nullptr) owner = AddressTable::segment_owner_of(pointer);
     TORCH_CHECK(owner == nullptr, "memory of context '", owner ? owner->name() : "",
                 "' cannot be shared with other processes; clone the tensor outside of sessions");
     return native_->shareIpcHandle(pointer);
@@ -274,7 +283,7 @@ class CudaDecorator final : public CudaForwarder {
       context = kept.get();
     }
     if (context == nullptr || !serves(*context, device)) return nullptr;
-    if (pools_.takes(*context, stream)) [[unlikely]]
+    if (pools_.takes(*context, stream, /*in_session=*/kept == nullptr)) [[unlikely]]
       return nullptr;
     if (stream != context->stream()) [[unlikely]]
       note_use(stream, context->shared_from_this());
@@ -308,18 +317,21 @@ class CudaDecorator final : public CudaForwarder {
   template <typename Request>
   std::invoke_result_t<Request> from_native(StreamId stream, std::size_t bytes,
                                             const Request& request) {
-    if (CudaPools::in_use()) [[unlikely]] {
+    if (CudaPools::in_use() || pools_.has_last_resorts()) [[unlikely]] {
       // It may be a pool of a context that serves it.
       if (const auto manager = this->manager()) manager->device()->announce(stream);
     }
-    try {
-      return request();
-    } catch (const c10::OutOfMemoryError&) {
-      if (!make_room_for_native(stream, bytes)) throw;
+    // Another thread may get the room first.
+    for (int tries = kTries;; --tries) {
+      try {
+        return request();
+      } catch (const c10::OutOfMemoryError&) {
+        if (tries == 1 || !make_room_for_native(stream, bytes)) throw;
+      }
     }
-    return request();
   }
 
+  static constexpr int kTries = 4;
   static inline caching::CUDAAllocator* decorated_ = nullptr;
 
   CudaPools pools_;

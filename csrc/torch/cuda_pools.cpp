@@ -78,6 +78,11 @@ std::shared_ptr<Context> CudaPools::payer_of(StreamId stream) const {
   return working_context(pool->second.provider->ordinal());
 }
 
+bool CudaPools::is_begun(const Key& key) const {
+  return std::any_of(begun_pools_.begin(), begun_pools_.end(),
+                     [&](const Begun& begun) { return begun.key == key; });
+}
+
 bool CudaPools::is_captured() const {
   return std::any_of(begun_pools_.begin(), begun_pools_.end(),
                      [](const Begun& begun) { return begun.is_capture; });
@@ -103,28 +108,22 @@ int CudaPools::use_count(const Key& key) const {
 
 // Made -------------------------------------------------------------------------------------------
 
-// Makes a pool that does not exist yet. False if it does, or nobody provides.
-bool CudaPools::provide(const Key& key, const std::shared_ptr<CudaDevice>& served,
-                        bool has_own_reference) {
+// Makes a pool that does not exist yet, with one reference. False if it does, or nobody provides.
+bool CudaPools::provide(const Key& key, const std::shared_ptr<CudaDevice>& served) {
   if (!served || pools_.contains(key) || use_count(key) != 0) return false;
   const auto provider = std::make_shared<SegmentProvider>(served);
   ScopeExit undo([&] { pools_.erase(key); });
-  pools_[key] = {provider, 0, has_own_reference, false, {}};
+  pools_[key].provider = provider;
   native_->createOrIncrefPool(key.first, key.second, provider);
   undo.dismiss();
   return true;
-}
-
-void CudaPools::drop_own_reference(const Key& key) {
-  if (pools_.at(key).has_own_reference) native_->releasePool(key.first, key.second);
-  pools_.erase(key);
 }
 
 void CudaPools::create(c10::DeviceIndex device, Id id, std::shared_ptr<Native> allocator,
                        const std::shared_ptr<CudaDevice>& served) {
   const Lock lock(mutex_);
   const Key key{device, id};
-  if (allocator || !provide(key, served, /*has_own_reference=*/false)) {
+  if (allocator || !provide(key, served)) {
     native_->createOrIncrefPool(device, id, std::move(allocator));
   }
   ++pools_[key].references;
@@ -133,9 +132,9 @@ void CudaPools::create(c10::DeviceIndex device, Id id, std::shared_ptr<Native> a
 // Begun ------------------------------------------------------------------------------------------
 
 CudaPools::Capture::Capture(std::shared_ptr<CudaDevice> on, StreamId stream)
-    : device(std::move(on)), stream(stream) {
+    : device(std::move(on)) {
   const Blocking blocking;
-  device->begin_capture(stream);
+  number = device->begin_capture(stream);
 }
 
 void CudaPools::begin(c10::DeviceIndex device, Id id, Filter filter,
@@ -159,13 +158,13 @@ void CudaPools::begin(c10::DeviceIndex device, Id id, Filter filter,
     }
   }
 
+  const bool is_first = begun.is_capture && served && !served->is_capturing(stream);
+  const auto turn = wait_for_last_resort();
   const Lock lock(mutex_);
   // Native says so only when it has counted another reference.
-  TORCH_CHECK(std::none_of(begun_pools_.begin(), begun_pools_.end(),
-                           [&](const Begun& other) { return other.key == key; }),
-              "beginAllocateToPool: already recording to mempool_id");
+  TORCH_CHECK(!is_begun(key), "beginAllocateToPool: already recording to mempool_id");
   begun_pools_.reserve(begun_pools_.size() + 1);
-  const bool is_new = provide(key, served, /*has_own_reference=*/true);
+  const bool is_new = provide(key, served);
   try {
     Pool& pool = pools_[key];
     const bool is_known = std::find(pool.captured_in.begin(), pool.captured_in.end(), context) !=
@@ -175,16 +174,21 @@ void CudaPools::begin(c10::DeviceIndex device, Id id, Filter filter,
     ++pool.references;
     if (begun.is_capture && context && !is_known) pool.captured_in.push_back(context);
   } catch (...) {
-    if (is_new) drop_own_reference(key);
+    if (is_new) {
+      native_->releasePool(device, id);
+      pools_.erase(key);
+    }
     throw;
   }
+  // What has begun has a reference of its own.
+  if (is_new) native_->releasePool(device, id);
   begun.number = next_number_++;
   if (begun.is_capture && served) {
     announced = {.device = device,
                  .id = id,
                  .number = begun.number,
                  .stream = stream,
-                 .is_first = !served->is_capturing(stream),
+                 .is_first = is_first,
                  .on = served};
   }
   begun_pools_.push_back(std::move(begun));
@@ -236,8 +240,10 @@ Contexts CudaPools::release(c10::DeviceIndex device, Id id) {
     Pool& pool = entry->second;
     if (--pool.references > 0) return {};
     captured_in = std::move(pool.captured_in);
+    if (pool.use_on_oom) --last_resorts_;
     if (pool.provider) released_.push_back({key, pool.provider});
-    drop_own_reference(key);
+    released_count_ = released_.size();
+    pools_.erase(entry);
   }
   return captured_in;
 }
@@ -263,7 +269,10 @@ Contexts CudaPools::abandon(const Announced& capture) {
 }
 
 bool CudaPools::empty_released() {
+  if (released_count_.load() == 0) return false;
   const Blocking blocking;
+  // Whoever comes second sees what the first has got.
+  const Lock turn(emptying_);
   // Native waits for work here, and may take the GIL for its history: so not under our lock.
   std::vector<Released> due;
   {
@@ -284,6 +293,7 @@ bool CudaPools::empty_released() {
   });
   const Lock lock(mutex_);
   released_.insert(released_.end(), due.begin(), due.end());
+  released_count_ = released_.size();
   return came_back;
 }
 

@@ -52,9 +52,11 @@ class CudaPools {
   // Whether some thread allocates to a pool, captures included.
   static bool in_use() { return begun_.load(std::memory_order_relaxed) != 0; }
   // Whether native has to serve the calling thread's request on `stream` from a pool, and not the
-  // context. No lock is taken for a context's own stream, unless a pool was begun in the context.
-  bool takes(Context& context, StreamId stream) const {
-    return in_use() && (stream != context.stream() || context.begun_pools() != 0 || is_threads()) &&
+  // context. In a session of the context no lock is taken for its own stream, unless a pool was
+  // begun in the context. (Outside of sessions that stream may have joined a capture.)
+  bool takes(Context& context, StreamId stream, bool in_session) const {
+    const bool is_its_own = in_session && stream == context.stream();
+    return in_use() && (!is_its_own || context.begun_pools() != 0 || is_threads()) &&
            find(stream) != nullptr;
   }
   // Who has to make room for what such a pool needs; null if nobody can.
@@ -88,6 +90,8 @@ class CudaPools {
   // A block for a request that the context cannot serve, out of what its pools that are to be used
   // on OOM keep. Null if none has one. Slow.
   void* from_last_resort(const Context& context, std::size_t bytes, StreamId stream);
+  // Whether native may serve any stream from a context's memory, for want of other memory.
+  bool has_last_resorts() const { return last_resorts_.load(std::memory_order_relaxed) != 0; }
   // Whether graphs may keep addresses of torch's own buffers in the context.
   bool has_captured(const Context& context) const;
 
@@ -95,18 +99,17 @@ class CudaPools {
   using Key = std::pair<c10::DeviceIndex, Id>;
   struct Pool {
     std::shared_ptr<SegmentProvider> provider;  // null if native takes memory of its own
-    int references = 0;              // of graphs, MemPools and threads, as far as they are known
-    bool has_own_reference = false;  // beside these
+    int references = 0;  // of graphs, MemPools and threads, as far as they are known
     bool use_on_oom = false;
     std::vector<std::shared_ptr<Context>> captured_in;
   };
   // A capture that a device's moves keep away from.
   struct Capture {
     std::shared_ptr<CudaDevice> device;
-    StreamId stream = kNoStream;
+    std::uint64_t number = 0;
 
     Capture(std::shared_ptr<CudaDevice> device, StreamId stream);
-    ~Capture() { device->end_capture(stream); }
+    ~Capture() { device->end_capture(number); }
     Capture(const Capture&) = delete;
     Capture& operator=(const Capture&) = delete;
   };
@@ -144,10 +147,12 @@ class CudaPools {
 
   const Begun* find(StreamId stream) const;
   int use_count(const Key& key) const;
-  bool provide(const Key& key, const std::shared_ptr<CudaDevice>& served, bool has_own_reference);
-  void drop_own_reference(const Key& key);
+  bool provide(const Key& key, const std::shared_ptr<CudaDevice>& served);
   std::vector<Begun> forget(const Key& key);
+  bool is_begun(const Key& key) const;
   bool is_captured() const;
+  std::unique_lock<std::recursive_mutex> wait_for_last_resort() const;
+  std::vector<Key> last_resorts(const Context& context);
 
   static inline std::atomic<int> begun_{0};
 
@@ -157,6 +162,12 @@ class CudaPools {
   std::vector<Begun> begun_pools_;
   std::map<Key, Pool> pools_;
   std::vector<Released> released_;
+  std::atomic<std::size_t> released_count_{0};
+  std::atomic<int> last_resorts_{0};
+  // Python may run while these are held, so nobody waits for them with the GIL. One thread at a
+  // time empties pools, and one serves from a last resort, which nobody else may begin meanwhile.
+  std::recursive_mutex emptying_;
+  mutable std::recursive_mutex last_resort_;
   std::uint64_t next_number_ = 1;
 };
 

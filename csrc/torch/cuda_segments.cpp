@@ -57,8 +57,8 @@ std::shared_ptr<Context> working_context(int ordinal) {
   const Context* current = current_context();
   auto context = current == nullptr ? context_of_work(current_cuda_stream(ordinal))
                                     : std::const_pointer_cast<Context>(current->shared_from_this());
-  const bool is_on_device =
-      context && !context->is_on_host() && cuda_device(*context).ordinal() == ordinal;
+  const bool is_on_device = context && context->is_open() && !context->is_on_host() &&
+                            cuda_device(*context).ordinal() == ordinal;
   return is_on_device ? context : nullptr;
 }
 
@@ -75,12 +75,12 @@ void* SegmentProvider::raw_alloc(std::size_t bytes) {
 }
 
 void SegmentProvider::raw_delete(void* pointer) {
-  --count_;
   if (Context* owner = AddressTable::segment_owner_of(pointer)) {
     give_back_segment(*owner, pointer);
   } else {
     device_->free_plain(pointer);
   }
+  --count_;
 }
 
 }  // namespace pgk

@@ -23,7 +23,7 @@ void give_back_segment(Context& context, void* pointer);
 // What native asks for to serve a request of `bytes` from an empty pool.
 std::size_t segment_bytes_for(std::size_t bytes);
 // The context of the calling thread's session, or of the work that it does for others; null if
-// that is none on the device.
+// that is none on the device, or has been destroyed.
 std::shared_ptr<Context> working_context(int ordinal);
 
 // What native takes a pool's segments from.

@@ -40,7 +40,7 @@ def loaded(
 @pytest.fixture
 def small() -> Iterator[None]:
     """A device of 48 MiB with host memory for 256 MiB."""
-    pgk.initialize(device="cpu", total_vram=48 * MB, host_backup=256 * MB, claim_timeout=0.2)
+    pgk.initialize(device="cpu", total_vram=48 * MB, host_backup=256 * MB, claim_timeout=1)
     yield
     for context in pgk.list_contexts():
         context.destroy()
