@@ -29,6 +29,7 @@ def device() -> native.CudaDevice:
 @pytest.fixture
 def cuda() -> Iterator[None]:
     """A CUDA device of 16 GiB; whatever contexts a test leaves are destroyed."""
+    gc.freeze()  # else each collection looks at all that earlier tests have loaded
     pgk.initialize(device="cuda", total_vram=16 * GB)
     torch.cuda.synchronize()
     yield
