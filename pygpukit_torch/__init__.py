@@ -5,9 +5,10 @@ from pygpukit_torch import _build_check, _hardware_queues
 _hardware_queues.ask_for_more()
 _build_check.check_this_build()
 
-from pygpukit_torch import errors, native, scheduler  # noqa: E402
+from pygpukit_torch import errors, native, refusals, scheduler  # noqa: E402
 from pygpukit_torch.errors import *  # noqa: E402, F403
 from pygpukit_torch.recording import record  # noqa: E402
+from pygpukit_torch.refusals import *  # noqa: E402, F403
 from pygpukit_torch.scheduler import *  # noqa: E402, F403
 from pygpukit_torch.trace import Trace  # noqa: E402
 
@@ -19,5 +20,6 @@ __all__ = [
     "record",
     "scheduler",
     *errors.__all__,
+    *refusals.__all__,
     *scheduler.__all__,
 ]

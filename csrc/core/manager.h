@@ -22,6 +22,7 @@
 #include "core/host_pool.h"
 #include "core/ledger.h"
 #include "core/partition.h"
+#include "core/refusal.h"
 #include "core/reliefs.h"
 #include "device/device.h"
 
@@ -303,9 +304,9 @@ class Manager : public std::enable_shared_from_this<Manager> {
   bool await_all_streams(const Context& context);
   bool ask(Context& context, std::size_t bytes, std::size_t available);
   std::string host_memory_is_full() const;
-  std::string holdings(const DeviceUsage& device) const;
   std::string nobody_gives_way(const Context& context, std::size_t bytes) const;
-  std::string in_partition(const std::string& id) const;
+  void require_known(const Context& context) const;
+  Refusal refusal_of(const Context& context) const;
   [[noreturn]] void refuse_restore(Context& context, const std::string& why,
                                    ErrorCode code = ErrorCode::out_of_memory);
 

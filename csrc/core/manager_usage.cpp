@@ -1,9 +1,11 @@
 // The manager's last part: what it tells about itself, in figures, in errors and in checks.
 #include <algorithm>
-#include <optional>
+#include <span>
+#include <utility>
 #include <vector>
 
 #include "core/manager.h"
+#include "core/refusal.h"
 
 namespace pgk {
 namespace {
@@ -69,14 +71,16 @@ Usage Manager::usage_of(const Context& context, const std::vector<Standing>& sta
   return usage;
 }
 
+void Manager::require_known(const Context& context) const {
+  if (find(context.id()) == &context) return;
+  throw Error(ErrorCode::context_destroyed, "context '" + context.name() + "' has been destroyed");
+}
+
 Usage Manager::usage(const Context& context) {
   const std::lock_guard lock(mutex_);
   require_usable();
   refresh_outside();
-  if (find(context.id()) != &context) {
-    throw Error(ErrorCode::context_destroyed,
-                "context '" + context.name() + "' has been destroyed");
-  }
+  require_known(context);
   return usage_of(context, standings(&context));
 }
 
@@ -129,24 +133,6 @@ void Manager::reset_peaks() {
   }
 }
 
-// Who holds what of the device, as the end of an error's text.
-std::string Manager::holdings(const DeviceUsage& device) const {
-  std::string text = " Device '" + device_->properties().name + "': capacity " +
-                     format_bytes(device.capacity) + ", resident " + format_bytes(device.resident) +
-                     "; used by";
-  for (std::size_t i = 0; i < device.contexts.size(); ++i) {
-    const Usage& other = device.contexts[i];
-    text += (i == 0 ? " " : ", ") + other.name + " " + format_bytes(other.used) + " (" +
-            to_string(other.tier);
-    if (other.base != 0) text += ", base " + format_bytes(other.base);
-    if (other.evicted != 0) text += ", evicted " + format_bytes(other.evicted);
-    if (other.sessions != 0) text += ", in use";
-    if (other.orphan) text += ", destroyed";
-    text += ")";
-  }
-  return text + ".";
-}
-
 std::string Manager::nobody_gives_way(const Context& context, std::size_t bytes) const {
   const Ledger::Id id = context.id();
   const bool is_in_partition = ledger_.account(id).partition != Ledger::kDevice;
@@ -155,14 +141,56 @@ std::string Manager::nobody_gives_way(const Context& context, std::size_t bytes)
              : "the device is full, and nobody can give way";
 }
 
-std::string Manager::in_partition(const std::string& id) const {
-  const std::lock_guard lock(mutex_);
-  for (const auto& partition : partitions_) {
-    if (partition->id != id || !partition->limits.memory) continue;
-    return " Partition '" + id + "': " + format_bytes(ledger_.resident(partition->account)) +
-           " resident of " + format_bytes(*partition->limits.memory) + ".";
+// The facts of a refusal, but for what was wanted and why it could not be had.
+Refusal Manager::refusal_of(const Context& context) const {
+  const Usage own = usage_of(context, standings(&context));
+  const Device::Properties& device = device_->properties();
+  Refusal refusal;
+  refusal.context = own.name;
+  refusal.tier = own.tier;
+  refusal.used = own.used;
+  refusal.peak = own.peak;
+  refusal.resident = own.resident;
+  refusal.budget = own.max;
+  refusal.available = own.available;
+  refusal.page = context.page_bytes();
+  if (context.partition_ && context.partition_->limits.memory) {
+    refusal.partition = own.partition;
+    refusal.partition_resident = ledger_.resident(context.partition_->account);
+    refusal.partition_limit = *context.partition_->limits.memory;
   }
-  return "";
+  refusal.is_on_host = device.is_host;
+  refusal.device = device.label;
+  refusal.capacity = ledger_.capacity();
+  refusal.free = std::min(ledger_.capacity() - std::min(ledger_.capacity(), ledger_.resident()),
+                          pool_.pooled_bytes() + device_->free_bytes());
+  std::vector<Context*> contexts = all();
+  std::erase_if(contexts, [&](const Context* other) {
+    return other != &context && ledger_.account(other->id()).resident == 0;
+  });
+  const auto resident = [&](const Context* one) { return ledger_.account(one->id()).resident; };
+  const std::size_t named = std::min(contexts.size(), Refusal::kHolders);
+  std::partial_sort(contexts.begin(), contexts.begin() + named, contexts.end(),
+                    [&](const Context* a, const Context* b) { return resident(a) > resident(b); });
+  for (const Context* one : std::span(contexts).first(named)) {
+    const Ledger::Account& account = ledger_.account(one->id());
+    const bool is_used = this->is_used(*one);
+    const ContextLock lock(one->mutex_);
+    refusal.holders.push_back({.name = one->name(),
+                               .tier = one->tier(),
+                               .orphan = one->state_ == Context::State::orphan,
+                               .in_use = is_used,
+                               .pinned = one->pins_ > 0,
+                               .used = one->arena_.used_bytes(),
+                               .resident = account.resident,
+                               .evicted = one->evicted_pages_ * one->page_bytes(),
+                               .base = account.base});
+  }
+  refusal.others = contexts.size() - named;
+  for (const Context* one : std::span(contexts).subspan(named)) {
+    refusal.others_resident += resident(one);
+  }
+  return refusal;
 }
 
 void Manager::refuse(Context& context, std::size_t bytes, const std::string& said) {
@@ -170,35 +198,38 @@ void Manager::refuse(Context& context, std::size_t bytes, const std::string& sai
     const ContextLock lock(context.mutex_);
     ++context.counters_.refusals;
   }
-  const DeviceUsage device = device_usage();
-  const auto found =
-      std::find_if(device.contexts.begin(), device.contexts.end(),
-                   [&](const Usage& usage) { return usage.id == context.id() && !usage.orphan; });
-  if (found == device.contexts.end()) {
-    throw Error(ErrorCode::context_destroyed,
-                "context '" + context.name() + "' has been destroyed");
+  Refusal refusal;
+  {
+    const std::lock_guard lock(mutex_);
+    require_usable();
+    require_known(context);
+    refresh_outside();
+    refusal = refusal_of(context);
   }
-  const Usage& own = *found;
-  std::string text =
-      "context '" + own.name + "' is out of memory: tried to allocate " + format_bytes(bytes) +
-      " with " + format_bytes(own.used) + " of its budget of " + format_bytes(own.max) +
-      " in use (" + format_bytes(own.resident) + " resident, peak " + format_bytes(own.peak) + ").";
-  if (!own.partition.empty()) text += in_partition(own.partition);
-  if (!said.empty()) text += " Reason: " + said + ".";
-  text += holdings(device);
-  if (bytes <= own.available) {
-    text += " Free room of " + format_bytes(own.available) + " is fragmented over pages of " +
-            format_bytes(context.page_bytes()) + ".";
-  }
-  throw Error(ErrorCode::out_of_memory, text);
+  refusal.requested = bytes;
+  refusal.reason = said;
+  Refusals::raise(std::move(refusal));
 }
 
 void Manager::refuse_restore(Context& context, const std::string& why, ErrorCode code) {
-  const std::size_t evicted = usage(context).evicted;
-  throw Error(code, "context '" + context.name() + "' cannot be brought back: " +
-                        format_bytes(evicted) + " of it are in host memory" +
-                        (code == ErrorCode::out_of_memory ? ", and there is no room" : "") +
-                        (why.empty() ? "" : ": " + why) + "." + holdings(device_usage()));
+  Refusal refusal;
+  {
+    const std::lock_guard lock(mutex_);
+    require_usable();
+    require_known(context);
+    refresh_outside();
+    refusal = refusal_of(context);
+    const ContextLock context_lock(context.mutex_);
+    refusal.requested = context.evicted_pages_ * context.page_bytes();
+  }
+  if (code != ErrorCode::out_of_memory) {
+    throw Error(code, "context '" + context.name() + "' cannot be brought back: " +
+                          format_bytes(refusal.requested) + " of it are in host memory" +
+                          (why.empty() ? "" : ": " + why) + ".");
+  }
+  refusal.wanted = Refusal::Wanted::restore;
+  refusal.reason = why;
+  Refusals::raise(std::move(refusal));
 }
 
 void Manager::check_invariants() const {

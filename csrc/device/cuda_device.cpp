@@ -18,6 +18,7 @@ CudaDevice::CudaDevice(int ordinal, std::size_t capacity)
       events_(driver_) {
   driver_.check(driver_.cuDeviceGet_fn(&ordinal_, ordinal), "cuDeviceGet");
   properties_.name = "cuda:" + std::to_string(ordinal);
+  properties_.label = "GPU " + std::to_string(ordinal);
 
   memory_.type = CU_MEM_ALLOCATION_TYPE_PINNED;
   memory_.location.type = CU_MEM_LOCATION_TYPE_DEVICE;

@@ -88,6 +88,7 @@ class Device {
  public:
   struct Properties {
     std::string name;
+    std::string label;                    // what sentences call it
     std::size_t capacity = 0;             // bytes of handles that can exist at a time
     std::size_t granularity = 0;          // sizes of handles and ranges are multiples of it
     bool is_host = false;                 // its memory is ordinary host memory

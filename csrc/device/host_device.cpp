@@ -103,6 +103,7 @@ std::size_t MemoryFile::committed_bytes() const {
 
 HostDevice::HostDevice(std::size_t capacity, std::vector<unsigned> processor_groups) {
   properties_.name = "host";
+  properties_.label = "The host device";
   properties_.is_host = true;
   properties_.can_move = true;
   properties_.holds = "nobody: threads that work cannot be stopped";

@@ -79,9 +79,9 @@ def test_an_overrun_is_torchs_error_with_our_message_and_leaves_everything_usabl
             torch.empty(200 * MB, dtype=torch.uint8, device="cuda")
         assert torch.ones(100 * MB, dtype=torch.uint8, device="cuda").min().item() == 1
     text = str(caught.value)
-    assert text.startswith("context 'small' is out of memory: tried to allocate 200.00 MiB with")
-    assert "budget of 256.00 MiB" in text
-    assert "small 100.00 MiB (guaranteed, base 256.00 MiB, in use)" in text
+    assert text.startswith("CUDA out of memory. Tried to allocate 200.00 MiB. GPU 0 has a total")
+    assert "Context 'small' (guaranteed) has 100.00 MiB of its budget of 256.00 MiB in use" in text
+    assert "small 256.00 MiB (guaranteed, base 256.00 MiB, in use)" in text
     assert (0, 200 * MB) in seen
     assert kept.min().item() == 1
     assert context.memory_stats()["num_ooms"] == 1

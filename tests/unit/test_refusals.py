@@ -1,0 +1,284 @@
+"""Out of memory: libraries that try less next time know it, and its facts can be had."""
+
+import copy
+import pickle
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import pygpukit_torch as pgk
+from pygpukit_torch import MB, QoSPolicy, context_session, create_context, refusal_of
+
+pytestmark = pytest.mark.usefixtures("scheduler")
+
+
+def refused(context: pgk.ExecutionContext, size: int) -> torch.OutOfMemoryError:
+    with context_session(context), pytest.raises(torch.OutOfMemoryError) as caught:
+        torch.empty(size, dtype=torch.uint8)
+    return caught.value
+
+
+# Libraries ---------------------------------------------------------------------------------------
+
+WIDTH = 256
+ROWS = 512  # of a sample: one needs half a MiB, and its activations twice that
+
+
+class Model(nn.Module):
+    """Two layers; the loss is the mean of the squares of what comes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layers = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, 1))
+
+    def forward(self, x: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
+        return {"loss": self.layers(x).square().mean()}
+
+
+class Samples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"x": torch.full((ROWS, WIDTH), i / 64)}
+
+
+def test_accelerate_finds_a_batch_size_that_fits() -> None:
+    from accelerate.utils import find_executable_batch_size
+
+    context = create_context("a", 48 * MB)
+    tried: list[int] = []
+
+    @find_executable_batch_size(starting_batch_size=64)
+    def train(batch_size: int) -> float:
+        tried.append(batch_size)
+        x = torch.linspace(-1, 1, batch_size * ROWS * WIDTH).view(batch_size, ROWS, WIDTH)
+        loss = model(x)["loss"]
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    with context_session(context):
+        model = Model()
+        base = context.usage().used
+        loss = train()
+        assert context.usage().used == base
+    assert len(tried) > 1
+    with torch.no_grad():
+        x = torch.linspace(-1, 1, tried[-1] * ROWS * WIDTH).view(tried[-1], ROWS, WIDTH)
+        assert loss == pytest.approx(float(model(x)["loss"]))
+
+
+def test_transformers_trainer_finds_a_batch_size_that_fits(tmp_path: Any) -> None:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tried: list[int] = []
+
+    class Note(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            tried.append(state.train_batch_size)
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=64,
+        auto_find_batch_size=True,
+        max_steps=2,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+    with context_session(create_context("a", 48 * MB)):
+        model = Model()
+        Trainer(model=model, args=arguments, train_dataset=Samples(), callbacks=[Note()]).train()
+    assert len(tried) > 1
+    assert tried == sorted(tried, reverse=True)
+
+
+def test_lightning_scales_the_batch_size_to_what_fits(tmp_path: Any) -> None:
+    import lightning
+    from lightning.pytorch.tuner import Tuner
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Model()
+            self.batch_size = 2
+
+        def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
+            return self.model(**batch)["loss"]
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+        def train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(Samples(), batch_size=self.batch_size)
+
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        logger=False,
+        max_epochs=1,
+    )
+    with context_session(create_context("a", 48 * MB)):
+        found = Tuner(trainer).scale_batch_size(Module(), mode="power", max_trials=6)
+    assert found is not None
+    assert 2 <= found < 64
+
+
+def test_handlers_that_look_for_the_words_find_them() -> None:
+    text = str(refused(create_context("a", 4 * MB), 5 * MB))
+    assert text.startswith("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+    assert " out of memory." in text
+
+
+# What it says ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def at_work(name: str, size: int, qos: QoSPolicy) -> Iterator[None]:
+    """An open session of a new context that holds so much."""
+    with context_session(create_context(name, size, qos=qos)):
+        kept = torch.ones(size, dtype=torch.uint8)
+        yield
+        assert kept[-1] == 1
+
+
+def test_it_says_what_helps_who_is_over_its_budget() -> None:
+    context = create_context("a", 8 * MB)
+    whole = str(refused(context, 9 * MB))
+    assert "The request does not fit into its budget." in whole
+    assert whole.endswith("It is more than the whole budget: raise that with resize().")
+    with context_session(context):
+        kept = torch.ones(6 * MB, dtype=torch.uint8)
+    rest = str(refused(context, 3 * MB))
+    assert "'a' (burstable) has 6.00 MiB of its budget of 8.00 MiB in use" in rest
+    assert rest.endswith("Free tensors of the context, or raise its budget with resize().")
+    assert kept[-1] == 1
+
+
+def test_facts_are_those_of_the_text() -> None:
+    context = create_context("a", 8 * MB, base_vram=2 * MB)
+    with context_session(context):
+        kept = torch.ones(6 * MB, dtype=torch.uint8)
+    error = refused(context, 3 * MB)
+    known = refusal_of(error)
+    assert known is not None
+    assert (known.context, known.qos) == ("a", QoSPolicy.BURSTABLE)
+    assert (known.requested, known.used, known.budget) == (3 * MB, 6 * MB, 8 * MB)
+    assert known.reason == "the request does not fit into its budget"
+    (holder,) = known.holders
+    assert (holder.name, holder.used, holder.reserved, holder.base) == ("a", 6 * MB, 6 * MB, 2 * MB)
+    assert (holder.in_use, holder.pinned, holder.destroyed) == (True, False, False)
+    assert known.others == 0
+    assert kept[-1] == 1
+
+
+def test_others_errors_have_none() -> None:
+    assert refusal_of(ValueError("no")) is None
+    assert refusal_of(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")) is None
+    assert refusal_of(torch.OutOfMemoryError()) is None
+
+
+def test_facts_are_found_from_copies_and_with_what_others_add() -> None:
+    error = refused(create_context("a", 8 * MB), 9 * MB)
+    first = refusal_of(error)
+    assert first is not None
+    assert refusal_of(copy.copy(error)) == refusal_of(pickle.loads(pickle.dumps(error))) == first
+    assert refusal_of(RuntimeError(f"{error}\nException raised from ...")) == first
+
+
+def test_each_thread_finds_its_own() -> None:
+    contexts = [create_context(f"c{i}", (i + 1) * MB) for i in range(8)]
+    wrong: list[object] = []
+
+    def ask(i: int) -> None:
+        for size in range(1, 20):
+            known = refusal_of(refused(contexts[i], (i + 1 + size) * MB))
+            if known is None or (known.context, known.requested) != (f"c{i}", (i + 1 + size) * MB):
+                wrong.append(known)
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_many_contexts_are_not_all_named() -> None:
+    kept = []
+    for i in range(30):
+        with context_session(create_context(f"c{i}", 4 * MB)):
+            kept.append(torch.ones((i + 1) * 64 * 1024, dtype=torch.uint8))
+    error = refused(pgk.get_context("c0"), 5 * MB)
+    known = refusal_of(error)
+    assert known is not None
+    assert len(known.holders) == 10
+    assert known.others == 20
+    reserved = [holder.reserved for holder in known.holders]
+    assert reserved == sorted(reserved, reverse=True)
+    assert f"and 20 more with {pgk.memory.format_bytes(20 * reserved[-1])}" in str(error)
+    assert len(str(error)) < 1500
+
+
+def test_it_says_for_whom_to_wait_and_who_is_of_a_higher_tier() -> None:
+    best_effort, burstable = QoSPolicy.BEST_EFFORT, QoSPolicy.BURSTABLE
+    with (
+        at_work("worker", 60 * MB, best_effort),
+        at_work("peer", 90 * MB, burstable),
+        at_work("llm", 80 * MB, QoSPolicy.GUARANTEED),
+    ):
+        late = create_context("late", 64 * MB)
+        text = str(refused(late, 32 * MB))
+        assert "The device is full, and nobody can give way." in text
+        assert text.endswith("Wait until sessions end that use peer, worker.")
+        late.destroy()
+        text = str(refused(create_context("late", 64 * MB, qos=best_effort), 32 * MB))
+        assert text.endswith(
+            "Wait until sessions end that use worker. "
+            "The rest are of a higher tier and do not give way."
+        )
+
+
+def test_it_names_those_that_are_pinned() -> None:
+    pinned = create_context("pinned", 250 * MB)
+    with context_session(pinned):
+        kept = torch.ones(240 * MB, dtype=torch.uint8)
+    with pinned.pin():
+        text = str(refused(create_context("late", 64 * MB), 32 * MB))
+    assert "pinned 240.00 MiB (burstable, pinned)" in text
+    assert text.endswith("Unpin pinned.")
+    assert kept[-1] == 1
+
+
+def test_a_context_that_cannot_come_back_says_so_in_the_same_words() -> None:
+    sleeper = create_context("sleeper", 200 * MB)
+    with context_session(sleeper):
+        kept = torch.ones(200 * MB, dtype=torch.uint8)
+    sleeper.evict()
+    with (
+        at_work("worker", 200 * MB, QoSPolicy.BURSTABLE),
+        pytest.raises(torch.OutOfMemoryError) as caught,
+        context_session(sleeper),
+    ):
+        pass
+    text = str(caught.value)
+    assert text.startswith("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+    assert "Context 'sleeper' (burstable) cannot come back: 200.00 MiB of it is in host" in text
+    known = refusal_of(caught.value)
+    assert known is not None
+    assert (known.context, known.requested) == ("sleeper", 200 * MB)
+    assert kept[-1] == 1
