@@ -28,8 +28,8 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(SOURCES)
 	PYGPUKIT_STRICT=1 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
-# The oldest and the newest torch: the CUDA sources are compiled against both.
-TORCHES := 2.11.0 2.14.1
+# Every torch that we name: the CUDA sources are compiled against each.
+TORCHES := 2.11.0 2.12.1 2.13.0 2.14.1
 HEADERS := $(TORCHES:%=$(VENV)/torch-headers/%)
 $(HEADERS): | $(VENV)/.installed
 	$(BIN)/python scripts/torch_headers.py $(@D) $(@F)

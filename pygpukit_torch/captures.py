@@ -10,13 +10,13 @@ Torch takes a capture's pool before it begins to capture. Before 2.14 it ends an
 if all goes well, so where a capture fails, or its graph goes in the middle, that is done here.
 """
 
-from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 import torch
 
 from pygpukit_torch import native
+from pygpukit_torch.wrapping import Wrapping
 
 _Graph = torch.cuda.CUDAGraph
 
@@ -27,29 +27,17 @@ _reset = _Graph.reset
 _replay = _Graph.replay
 
 
-def attend_graphs() -> None:
-    """From now on, graphs in sessions are captured and replayed as their contexts need it."""
-    for owner, name, _, ours in _wrapped():
-        setattr(owner, name, ours)
-
-
-def stop_attending_graphs() -> None:
-    """Put back what was there, unless somebody else has wrapped it meanwhile."""
-    for owner, name, before, ours in _wrapped():
-        if getattr(owner, name) is ours:
-            setattr(owner, name, before)
-
-
-def _wrapped() -> list[tuple[type, str, Callable[..., Any], Callable[..., Any]]]:
-    wrapped: list[tuple[type, str, Callable[..., Any], Callable[..., Any]]] = [
-        (torch.cuda.graph, "__enter__", _enter, _enter_on_own_stream),
-        (_Graph, "replay", _replay, _replay_in_turn),
+def wrappings() -> list[Wrapping]:
+    """Have graphs in sessions captured and replayed as their contexts need it."""
+    wrapped = [
+        Wrapping(torch.cuda.graph, "__enter__", _enter, _enter_on_own_stream),
+        Wrapping(_Graph, "replay", _replay, _replay_in_turn),
     ]
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14):
         wrapped += [
-            (_Graph, "capture_begin", _begin, _begin_announced),
-            (_Graph, "capture_end", _end, _end_announced),
-            (_Graph, "reset", _reset, _reset_announced),
+            Wrapping(_Graph, "capture_begin", _begin, _begin_announced),
+            Wrapping(_Graph, "capture_end", _end, _end_announced),
+            Wrapping(_Graph, "reset", _reset, _reset_announced),
         ]
     return wrapped
 

@@ -297,3 +297,12 @@ class ExecutionContext:
             f"used {format_bytes(usage.used)}, reserved {format_bytes(usage.reserved)}, "
             f"base {format_bytes(usage.base)}, max {format_bytes(usage.max)}>"
         )
+
+
+def check_context(value: object) -> ExecutionContext:
+    """Return ``value`` if it is a context. Raises TypeError."""
+    if not isinstance(value, ExecutionContext):
+        raise TypeError(
+            f"expected a context from create_context, got {type(value).__name__} {value!r}"
+        )
+    return value

@@ -7,7 +7,9 @@ import torch
 
 from pygpukit_torch import captures, native
 from pygpukit_torch.errors import InitializationError
+from pygpukit_torch.free_memory import FreeMemory
 from pygpukit_torch.settings import Settings, free_host_memory
+from pygpukit_torch.wrapping import put_on, take_off
 
 
 class Backend(ABC):
@@ -96,6 +98,9 @@ class _Cuda(Backend):
         self.device = native.CudaDevice(settings.device_id, settings.total_vram or 0)
         self.settings = _completed(settings, self.device)
         self.manager = _managed(self.device, native.cuda_streams(self.device), self.settings)
+        self._wrappings = captures.wrappings()
+        if settings.session_mem_info:
+            self._wrappings += FreeMemory(self.manager, settings.device_id).wrappings()
 
     def install(self) -> None:
         if self.settings.install:
@@ -103,10 +108,10 @@ class _Cuda(Backend):
                 torch.cuda.memory.change_current_allocator(ContextAllocator())
             native.install_cuda_allocator()
             native.serve_contexts_of(self.manager)
-        captures.attend_graphs()
+        put_on(self._wrappings)
 
     def uninstall(self) -> None:
-        captures.stop_attending_graphs()
+        take_off(self._wrappings)
         if self.settings.install:
             native.uninstall_cuda_allocator()
 

@@ -5,7 +5,7 @@ import warnings
 import torch
 
 from pygpukit_torch import runtime as _runtime
-from pygpukit_torch.context import ExecutionContext
+from pygpukit_torch.context import ExecutionContext, check_context
 from pygpukit_torch.errors import ContextNotFoundError
 from pygpukit_torch.figures import ContextStats, SchedulerStats
 from pygpukit_torch.memory import GB, KB, MB, ContextUsage, check_bytes
@@ -67,6 +67,7 @@ def initialize(
     host_backup: int | None = None,
     claim_timeout: float | None = None,
     install: bool | None = None,
+    session_mem_info: bool | None = None,
 ) -> None:
     """Make the device and install the allocator.
 
@@ -93,6 +94,8 @@ def initialize(
             with ``torch.cuda.memory.CUDAPluggableAllocator(pygpukit_torch.native.__file__,
             "pgk_malloc", "pgk_free")``, in whole segments: for processes whose allocator cannot
             be replaced.
+        session_mem_info: whether ``torch.cuda.mem_get_info`` tells in a session what its context
+            could have, and its budget (the default), or False: what the device has.
 
     Raises:
         InitializationError: the device cannot be had, is initialized in another way, or torch uses
@@ -100,7 +103,9 @@ def initialize(
         TypeError, ValueError: an argument or an environment variable is no valid value.
         ForkError: this is a forked child of a process that has initialized.
     """
-    _runtime.initialize(Wishes(device, device_id, total_vram, host_backup, claim_timeout, install))
+    _runtime.initialize(
+        Wishes(device, device_id, total_vram, host_backup, claim_timeout, install, session_mem_info)
+    )
 
 
 def shutdown() -> None:
@@ -199,7 +204,7 @@ def get_context(name: str) -> ExecutionContext:
 
 def destroy_context(context: ExecutionContext | str) -> None:
     """Destroy a context, given itself or its name: see :meth:`ExecutionContext.destroy`."""
-    (get_context(context) if isinstance(context, str) else _checked(context)).destroy()
+    (get_context(context) if isinstance(context, str) else check_context(context)).destroy()
 
 
 def list_contexts() -> list[ExecutionContext]:
@@ -255,8 +260,8 @@ def context_session(
     """
     if not isinstance(wait, bool):
         raise TypeError(f"wait must be a bool, got {type(wait).__name__} {wait!r}")
-    if not isinstance(context, ExecutionContext):  # not _checked(): a call costs
-        _checked(context)
+    if not isinstance(context, ExecutionContext):  # not check_context(): a call costs
+        check_context(context)
     if timeout is not None:
         check_seconds("timeout", timeout)
     return ContextSession(context, wait, timeout)
@@ -277,12 +282,12 @@ def get_context_usage(context: ExecutionContext) -> ContextUsage:
     Raises:
         ContextDestroyedError: it has been destroyed.
     """
-    return _checked(context).usage()
+    return check_context(context).usage()
 
 
 def get_stream(context: ExecutionContext) -> ContextStream | CudaContextStream:
     """The context's own stream; on CUDA a ``torch.cuda.ExternalStream`` of its tier's priority."""
-    return _checked(context).stream
+    return check_context(context).stream
 
 
 def on_memory_pressure(handler: Handler) -> PressureHandler:
@@ -313,7 +318,7 @@ def record_event(context: ExecutionContext) -> ContextEvent | CudaContextEvent:
     Raises:
         ContextDestroyedError: it has been destroyed.
     """
-    _checked(context)._require_alive()
+    check_context(context)._require_alive()
     stream = context.stream
     event: ContextEvent | CudaContextEvent
     if isinstance(stream, ContextStream):
@@ -338,7 +343,7 @@ def wait_event(context: ExecutionContext, event: ContextEvent | torch.cuda.Event
         TypeError: ``event`` does not come from :func:`record_event`.
         ContextDestroyedError: the context has been destroyed.
     """
-    _checked(context)._require_alive()
+    check_context(context)._require_alive()
     stream = context.stream
     producer = getattr(event, "producer", None)
     joined = Joined()
@@ -390,11 +395,3 @@ def stats() -> SchedulerStats:
             for context in usage.contexts
         ),
     )
-
-
-def _checked(context: ExecutionContext) -> ExecutionContext:
-    if not isinstance(context, ExecutionContext):
-        raise TypeError(
-            f"expected a context from create_context, got {type(context).__name__} {context!r}"
-        )
-    return context

@@ -36,6 +36,7 @@ class Settings:
     host_backup: int | None
     claim_timeout: float
     install: bool
+    session_mem_info: bool
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Wishes:
     host_backup: int | None = None
     claim_timeout: float | None = None
     install: bool | None = None
+    session_mem_info: bool | None = None
 
     def check(self) -> None:
         """Raise TypeError or ValueError for what no device could be."""
@@ -61,8 +63,10 @@ class Wishes:
             check_bytes("host_backup", self.host_backup, least=0)
         if self.claim_timeout is not None:
             check_seconds("claim_timeout", self.claim_timeout)
-        if self.install is not None and not isinstance(self.install, bool):
-            raise TypeError(f"install must be a bool, got {type(self.install).__name__}")
+        for name in ("install", "session_mem_info"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, bool):
+                raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
     def or_environment(self) -> "Wishes":
         """Fill in what was not asked for from the ``PYGPUKIT_*`` variables."""
@@ -84,6 +88,7 @@ class Wishes:
             host_backup=pick(self.host_backup, "host_backup", int),
             claim_timeout=pick(self.claim_timeout, "claim_timeout", float),
             install=self.install,
+            session_mem_info=self.session_mem_info,
         )
 
     def conflicts(self, settings: Settings) -> list[str]:
@@ -125,7 +130,8 @@ class Wishes:
         if not install and device == "cpu":
             raise ValueError("install=False is for CUDA: nothing else serves CPU tensors")
         timeout = CLAIM_TIMEOUT if wishes.claim_timeout is None else float(wishes.claim_timeout)
-        return Settings(device, index, total, wishes.host_backup, timeout, install)
+        tells_session = wishes.session_mem_info is not False
+        return Settings(device, index, total, wishes.host_backup, timeout, install, tells_session)
 
 
 def check_seconds(name: str, value: object) -> None:

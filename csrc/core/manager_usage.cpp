@@ -223,9 +223,9 @@ void Manager::refuse_restore(Context& context, const std::string& why, ErrorCode
     refusal.requested = context.evicted_pages_ * context.page_bytes();
   }
   if (code != ErrorCode::out_of_memory) {
-    throw Error(code, "context '" + context.name() + "' cannot be brought back: " +
-                          format_bytes(refusal.requested) + " of it are in host memory" +
-                          (why.empty() ? "" : ": " + why) + ".");
+    throw Error(code, "context '" + context.name() +
+                          "' cannot be brought back: " + format_bytes(refusal.requested) +
+                          " of it are in host memory" + (why.empty() ? "" : ": " + why) + ".");
   }
   refusal.wanted = Refusal::Wanted::restore;
   refusal.reason = why;

@@ -58,8 +58,8 @@ std::string of_context(const Refusal& refusal) {
           format_bytes(refusal.budget) + " in use (peak " + format_bytes(refusal.peak) + ").";
   if (refusal.partition.empty()) return text;
   return text + " Its partition '" + refusal.partition + "' has " +
-         format_bytes(refusal.partition_resident) + " of " +
-         format_bytes(refusal.partition_limit) + " in use.";
+         format_bytes(refusal.partition_resident) + " of " + format_bytes(refusal.partition_limit) +
+         " in use.";
 }
 
 std::string as_sentence(std::string clause) {
@@ -115,9 +115,11 @@ std::string advice(const Refusal& refusal) {
   std::string text;
   if (!busy.empty()) text += " Wait until sessions end that use " + busy + ".";
   if (!pinned.empty()) text += " Unpin " + pinned + ".";
-  if (has_higher) text += std::string(text.empty() ? " Others" : " The rest") +
-                          " are of a higher tier and do not give way.";
-  if (text.empty() && !refusal.is_explained) text = " Free tensors, destroy contexts, or give contexts smaller bases.";
+  if (has_higher)
+    text += std::string(text.empty() ? " Others" : " The rest") +
+            " are of a higher tier and do not give way.";
+  if (text.empty() && !refusal.is_explained)
+    text = " Free tensors, destroy contexts, or give contexts smaller bases.";
   return text;
 }
 

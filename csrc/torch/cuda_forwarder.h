@@ -80,14 +80,16 @@ class CudaForwarder : public caching::CUDAAllocator {
   void enablePeerAccess(c10::DeviceIndex device, c10::DeviceIndex other) override {
     native_->enablePeerAccess(device, other);
   }
+#if PGK_TORCH_AT_LEAST(2, 12)
+  void attachOomRejectionObserver(caching::OomRejectionObserver observer) override {
+    native_->attachOomRejectionObserver(std::move(observer));
+  }
+#endif
 #if PGK_TORCH_AT_LEAST(2, 13)
   void markCaptureBegin(c10::DeviceIndex device) override { native_->markCaptureBegin(device); }
   void markCaptureEnd(c10::DeviceIndex device) override { native_->markCaptureEnd(device); }
   std::shared_ptr<c10::GatheredContext> getContextForPointer(const void* pointer) override {
     return native_->getContextForPointer(pointer);
-  }
-  void attachOomRejectionObserver(caching::OomRejectionObserver observer) override {
-    native_->attachOomRejectionObserver(std::move(observer));
   }
   c10::DataPtr allocateWithAddress(std::size_t bytes, void* address) override {
     return taken_over(native_->allocateWithAddress(bytes, address));

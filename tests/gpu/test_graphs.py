@@ -120,7 +120,7 @@ def test_an_overrun_in_a_capture_leaves_the_process_usable() -> None:
     with context_session(context):
         x = torch.ones(16 * MB, dtype=torch.uint8, device="cuda")
         with (
-            pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory.*'small'"),
+            pytest.raises(torch.OutOfMemoryError, match=r"CUDA out of memory.*'small'"),
             torch.cuda.graph(graph),
         ):
             kept = [x.repeat(2) for _ in range(20)]

