@@ -11,6 +11,7 @@ from pygpukit_torch.pinning import Pin
 from pygpukit_torch.placement import copy_into_current
 from pygpukit_torch.qos import QoSPolicy
 from pygpukit_torch.session import ContextSession
+from pygpukit_torch.statistics import statistics_of, summary_of
 from pygpukit_torch.streams import ContextStream, CudaContextStream
 
 if TYPE_CHECKING:
@@ -114,43 +115,42 @@ class ExecutionContext:
         return ContextUsage.of(usage, self._runtime.backend.workspaces_of(usage))
 
     def memory_stats(self) -> dict[str, int]:
-        """Counters since creation, by torch's names where torch has them.
+        """Return the context's figures since creation, by the keys of ``torch.cuda.memory_stats``.
 
-        ``allocation.allocated`` and ``allocation.freed`` count blocks, ``active.current`` those
-        that live; ``num_ooms`` counts refused requests, ``num_growths`` requests that needed
-        pages, ``num_pages_mapped`` and ``num_pages_unmapped`` pages of ``page_bytes``,
+        ``small_pool`` counts blocks of up to 1 MiB. Pages serve blocks of any size, so reserved
+        memory and segments, which are pages of ``page_bytes``, are those of ``large_pool``.
+        Allocated memory is counted wherever it is, reserved memory on the device;
+        ``evicted_bytes.current`` is what the device does not have.
+
+        Also, torch has none of these: ``num_growths`` counts requests that needed pages,
         ``num_evictions`` and ``num_restores`` how often pages went out and came back,
         ``num_pages_unchanged`` those that went without a copy; ``evicted_bytes.copied_out`` and
-        ``evicted_bytes.copied_in`` what was copied; the ``*_bytes`` are in bytes.
+        ``evicted_bytes.copied_in`` what was copied. All ``*_bytes`` are in bytes.
 
         Raises:
             ContextDestroyedError: it has been destroyed.
         """
-        usage = self.usage()
-        counters = self._native.counters
-        return {
-            "allocation.allocated": counters.allocations,
-            "allocation.freed": counters.frees,
-            "active.current": counters.allocations - counters.frees,
-            "allocated_bytes.current": usage.used,
-            "allocated_bytes.peak": usage.peak,
-            "reserved_bytes.current": usage.reserved,
-            "num_ooms": counters.refusals,
-            "num_growths": counters.growths,
-            "num_pages_mapped": counters.pages_mapped,
-            "num_pages_unmapped": counters.pages_unmapped,
-            "num_evictions": counters.evictions,
-            "num_restores": counters.restores,
-            "num_pages_unchanged": counters.pages_unchanged,
-            "evicted_bytes.current": usage.evicted,
-            "evicted_bytes.copied_out": counters.bytes_out,
-            "evicted_bytes.copied_in": counters.bytes_in,
-            "page_bytes": self._native.page_bytes,
-        }
+        self._require_alive()
+        usage = self._runtime.manager.usage(self._native)
+        return statistics_of(usage, self._native.page_bytes)
+
+    def memory_summary(self, abbreviated: bool = False) -> str:
+        """Return the table of ``torch.cuda.memory_summary``, of this context.
+
+        Raises:
+            ContextDestroyedError: it has been destroyed.
+        """
+        statistics = self.memory_stats()
+        return summary_of(self._name, self._runtime.settings.device_id, statistics, abbreviated)
 
     def reset_peak(self) -> None:
-        """Let ``usage().peak`` start again from what is used now."""
-        self._native.reset_peak()
+        """Let all peaks start again from what there is now.
+
+        Raises:
+            ContextDestroyedError: it has been destroyed.
+        """
+        self._require_alive()
+        self._runtime.manager.reset_peaks(self._native)
 
     def resize(self, max_vram: int, base_vram: int | None = None) -> None:
         """Change the budget, in bytes, and the reserved part of it.

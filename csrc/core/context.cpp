@@ -16,6 +16,10 @@ Context::Counters& Context::Counters::operator+=(const Counters& other) {
   pages_mapped += other.pages_mapped;
   pages_unmapped += other.pages_unmapped;
   allocated_bytes += other.allocated_bytes;
+  small_allocations += other.small_allocations;
+  small_frees += other.small_frees;
+  small_allocated_bytes += other.small_allocated_bytes;
+  small_freed_bytes += other.small_freed_bytes;
   segments_taken += other.segments_taken;
   segments_returned += other.segments_returned;
   segment_bytes_taken += other.segment_bytes_taken;
@@ -90,6 +94,8 @@ void* Context::allocate_resident(std::size_t bytes, StreamId stream) {
     if (!found) return nullptr;
     lane = *found;
   }
+  if (!fences_.empty()) [[unlikely]]
+    settle_fences_of(static_cast<std::uint32_t>(granules));
   const std::uint32_t start = arena_.allocate(static_cast<std::uint32_t>(granules), lane);
   return start == Arena::kNone ? nullptr : finish_allocation(start, granules);
 }
@@ -117,8 +123,7 @@ void Context::free(void* pointer) {
   {
     const std::lock_guard lock(mutex_);
     if (state_ == State::open && uses_.empty()) [[likely]] {
-      arena_.release(granule_of(pointer));
-      ++counters_.frees;
+      count_free(arena_.release(granule_of(pointer)));
       return;
     }
   }
@@ -144,7 +149,6 @@ void Context::free_by(const Release& release) {
     const std::lock_guard lock(mutex_);
     if (state_ == State::forked) return;
     release();
-    ++counters_.frees;
     if (state_ == State::orphan) manager = manager_of_orphan_;
   }
   if (manager) manager->collect_orphan(id);
@@ -174,7 +178,7 @@ void Context::release(std::uint32_t start, std::span<const StreamId> streams,
     return;
   }
   const StreamId own = lanes_[arena_.lane_of(start)];
-  Fence fence{start, {}};
+  Fence fence{start, 0, {}};
   const auto add = [&](StreamId stream) {
     Fence::Point point{stream, 0};
     if (stream != own && !is_past(point)) fence.points.push_back(point);
@@ -186,9 +190,11 @@ void Context::release(std::uint32_t start, std::span<const StreamId> streams,
   std::for_each(streams.begin(), streams.end(), add);
   if (of_all && !device_->is_done(*of_all)) fence.points.push_back({kNoStream, *of_all});
   if (fence.points.empty()) {
-    arena_.release(start);
+    count_free(arena_.release(start));
   } else {
-    arena_.fence(start);
+    fences_.reserve(fences_.size() + 1);
+    fence.granules = arena_.fence(start);
+    count_free(fence.granules);
     fences_.push_back(std::move(fence));
   }
 }
@@ -216,6 +222,17 @@ bool Context::settle_fences() {
     return fence.points.empty();
   });
   return settled > 0;
+}
+
+// Blocks of that size, as far as they can be told soon: whoever asks for one gets it back at once.
+void Context::settle_fences_of(std::uint32_t granules) {
+  const std::size_t asked = std::min(fences_.size(), kFencesAsked);
+  std::erase_if(fences_, [&, i = std::size_t{0}](Fence& fence) mutable {
+    if (i++ >= asked || fence.granules != granules) return false;
+    std::erase_if(fence.points, [this](Fence::Point& point) { return is_past(point); });
+    if (fence.points.empty()) arena_.unfence(fence.start);
+    return fence.points.empty();
+  });
 }
 
 // An event that memory of this context waits for.
@@ -353,9 +370,11 @@ Context::Counters Context::counters() const {
   return counters_;
 }
 
-void Context::reset_peak() {
-  const std::lock_guard lock(mutex_);
+void Context::reset_peaks() {
   arena_.reset_peak();
+  least_segment_bytes_ = counters_.segment_bytes();
+  small_peak_ = counters_.small_bytes();
+  large_peak_ = arena_.used_bytes() - small_peak_;
 }
 
 }  // namespace pgk

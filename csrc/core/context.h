@@ -56,6 +56,11 @@ class Context : public std::enable_shared_from_this<Context> {
     std::uint64_t pages_mapped = 0;
     std::uint64_t pages_unmapped = 0;
     std::uint64_t allocated_bytes = 0;
+    // Of these, blocks that torch counts as those of its small pool.
+    std::uint64_t small_allocations = 0;
+    std::uint64_t small_frees = 0;
+    std::uint64_t small_allocated_bytes = 0;
+    std::uint64_t small_freed_bytes = 0;
     // Of these, segments.
     std::uint64_t segments_taken = 0;
     std::uint64_t segments_returned = 0;
@@ -68,6 +73,7 @@ class Context : public std::enable_shared_from_this<Context> {
     std::uint64_t pages_unchanged = 0;  // moved out without a copy
     std::uint64_t move_nanoseconds = 0;
 
+    std::size_t small_bytes() const { return small_allocated_bytes - small_freed_bytes; }
     std::size_t segment_bytes() const { return segment_bytes_taken - segment_bytes_returned; }
     Counters& operator+=(const Counters& other);
   };
@@ -172,7 +178,6 @@ class Context : public std::enable_shared_from_this<Context> {
   // Whether pages of it are on their way.
   bool is_moving() const { return (sessions_.load(std::memory_order_acquire) & kMoving) != 0; }
   Counters counters() const;
-  void reset_peak();
   // Throws ErrorCode::context_destroyed if it is gone.
   std::shared_ptr<Manager> manager() const;
 
@@ -198,6 +203,7 @@ class Context : public std::enable_shared_from_this<Context> {
       EventId event = 0;
     };
     std::uint32_t start = 0;
+    std::uint32_t granules = 0;
     std::vector<Point> points;
   };
   struct Retired {
@@ -230,6 +236,7 @@ class Context : public std::enable_shared_from_this<Context> {
   void release(std::uint32_t start, std::span<const StreamId> streams,
                std::optional<EventId> of_all = std::nullopt);
   bool settle_fences();
+  void settle_fences_of(std::uint32_t granules);
   bool is_past(Fence::Point& point);
   std::optional<EventId> awaited_event() const;
   std::optional<EventId> event_of_all() const;
@@ -248,10 +255,32 @@ class Context : public std::enable_shared_from_this<Context> {
   void begin_session_slow(bool keeps_active);
   static std::uint64_t next_use() { return uses_of_all_.fetch_add(1, std::memory_order_relaxed); }
   void* finish_allocation(std::uint32_t start, std::size_t granules) {
+    const std::size_t bytes = granules * kGranule;
     ++counters_.allocations;
-    counters_.allocated_bytes += granules * kGranule;
+    counters_.allocated_bytes += bytes;
+    if (bytes <= kSmallBlock) {
+      ++counters_.small_allocations;
+      counters_.small_allocated_bytes += bytes;
+      small_peak_ = std::max(small_peak_, counters_.small_bytes());
+    } else {
+      large_peak_ = std::max(large_peak_, arena_.used_bytes() - counters_.small_bytes());
+    }
     return reinterpret_cast<void*>(address_ + start * kGranule);
   }
+
+  void count_free(std::uint32_t granules) {
+    ++counters_.frees;
+    const std::size_t bytes = granules * kGranule;
+    if (bytes > kSmallBlock) return;
+    ++counters_.small_frees;
+    counters_.small_freed_bytes += bytes;
+  }
+  void reset_peaks();
+
+  // As in torch, c10/cuda/CUDACachingAllocator.cpp.
+  static constexpr std::size_t kSmallBlock = MiB;
+  // How many fences a request looks at for a block of its own size.
+  static constexpr std::size_t kFencesAsked = 8;
 
   // How many are open, whether another may be, and what it has to wait for.
   static constexpr std::uint32_t kClosed = std::uint32_t{1} << 31;
@@ -280,7 +309,10 @@ class Context : public std::enable_shared_from_this<Context> {
   std::vector<StreamId> lanes_;                          // the stream of each lane of the arena
   std::map<std::uint32_t, std::vector<StreamId>> uses_;  // of live blocks, as recorded
   std::vector<Fence> fences_;
-  std::size_t least_segment_bytes_ = 0;  // since the peak was reset
+  // Since the peaks were reset.
+  std::size_t least_segment_bytes_ = 0;
+  std::size_t small_peak_ = 0;
+  std::size_t large_peak_ = 0;
   // Below: only with the manager's lock, except for what never changes.
   ContextSpec spec_;
   Ledger::Id account_;

@@ -304,7 +304,13 @@ void Ledger::shift(Id id, std::size_t resident, std::size_t evicted) {
   Account changed = account;
   changed.resident += resident;
   changed.evicted += evicted;
+  changed.peak_resident = std::max(changed.peak_resident, changed.resident);
   replace(account, changed);
+}
+
+void Ledger::reset_peak(Id id) {
+  Account& account = find(id);
+  account.peak_resident = account.resident;
 }
 
 void Ledger::reserve_host(std::size_t bytes) {

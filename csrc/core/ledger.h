@@ -42,6 +42,7 @@ class Ledger {
     std::size_t page = 1;  // what it holds comes in pages of so many bytes
     std::size_t resident = 0;
     std::size_t evicted = 0;
+    std::size_t peak_resident = 0;
     std::size_t committed() const { return base > resident ? base : resident; }
     std::size_t held() const { return resident + evicted; }
     // Pages that a base promises and that are not resident. By the books: pages that are on their
@@ -83,6 +84,8 @@ class Ledger {
   void refund(Id id, std::size_t bytes);
   void evict(Id id, std::size_t bytes);
   void refund_evicted(Id id, std::size_t bytes);
+  // Lets the account's peak start again from what is resident.
+  void reset_peak(Id id);
 
   // Host memory of pages that are on their way, either way. Throws ErrorCode::invalid_value if that
   // exceeds what is evictable(true).

@@ -40,6 +40,10 @@ struct Usage {
   std::size_t max = 0;
   std::size_t base = 0;
   std::size_t peak = 0;
+  std::size_t small_peak = 0;  // of small blocks, and of large ones
+  std::size_t large_peak = 0;
+  std::size_t peak_resident = 0;
+  std::size_t fenced = 0;
   std::size_t evicted = 0;
   std::size_t available = 0;  // what the context could allocate in addition now, by evicting others
   std::uint32_t live_blocks = 0;
@@ -51,8 +55,10 @@ struct Usage {
 // Sums over all contexts, those that are gone included.
 struct Totals {
   Context::Counters counters;
-  std::size_t used = 0;                 // segments included
-  std::size_t peak = 0;                 // sum of the contexts' peaks: at least the peak of the sum
+  std::size_t used = 0;        // segments included
+  std::size_t peak = 0;        // sum of the contexts' peaks: at least the peak of the sum
+  std::size_t small_peak = 0;  // the same of small and of large blocks, while they live
+  std::size_t large_peak = 0;
   std::size_t least_segment_bytes = 0;  // since the peaks were reset: at most the least sum
   std::size_t fenced = 0;               // freed, but other streams may still use it
   std::size_t live_blocks = 0;
@@ -153,6 +159,7 @@ class Manager : public std::enable_shared_from_this<Manager> {
   Totals totals() const;
   // All peaks start again from what is used now.
   void reset_peaks();
+  void reset_peaks(Context& context);
   // Gives free pages and pooled handles that no reservation needs back to the device, once the
   // work that may use them is done. Returns the bytes given back.
   std::size_t trim();

@@ -63,6 +63,10 @@ Usage Manager::usage_of(const Context& context, const std::vector<Standing>& sta
   usage.max = account.max;
   usage.base = account.base;
   usage.peak = context.arena_.peak_bytes();
+  usage.small_peak = context.small_peak_;
+  usage.large_peak = context.large_peak_;
+  usage.peak_resident = account.peak_resident;
+  usage.fenced = context.arena_.fenced_bytes();
   usage.available = reachable > usage.used ? reachable - usage.used : 0;
   usage.live_blocks = context.arena_.live_blocks();
   usage.sessions = context.sessions();
@@ -111,6 +115,8 @@ Totals Manager::totals() const {
     totals.used += context->arena_.used_bytes();
     totals.peak += context->arena_.peak_bytes();
     totals.least_segment_bytes += context->least_segment_bytes_;
+    totals.small_peak += context->small_peak_;
+    totals.large_peak += context->large_peak_;
     totals.fenced += context->arena_.fenced_bytes();
     totals.live_blocks += context->arena_.live_blocks();
     totals.pages += context->arena_.resident_pages();
@@ -127,10 +133,18 @@ void Manager::reset_peaks() {
   pool_.reset_peak();
   peak_with_gone_ = 0;
   for (Context* context : all()) {
+    ledger_.reset_peak(context->id());
     const ContextLock context_lock(context->mutex_);
-    context->arena_.reset_peak();
-    context->least_segment_bytes_ = context->counters_.segment_bytes();
+    context->reset_peaks();
   }
+}
+
+void Manager::reset_peaks(Context& context) {
+  const std::lock_guard lock(mutex_);
+  require_known(context);
+  ledger_.reset_peak(context.id());
+  const ContextLock context_lock(context.mutex_);
+  context.reset_peaks();
 }
 
 std::string Manager::nobody_gives_way(const Context& context, std::size_t bytes) const {

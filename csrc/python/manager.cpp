@@ -40,6 +40,10 @@ void bind_records(py::module_& module) {
       .def_readonly("pages_mapped", &Context::Counters::pages_mapped)
       .def_readonly("pages_unmapped", &Context::Counters::pages_unmapped)
       .def_readonly("allocated_bytes", &Context::Counters::allocated_bytes)
+      .def_readonly("small_allocations", &Context::Counters::small_allocations)
+      .def_readonly("small_frees", &Context::Counters::small_frees)
+      .def_readonly("small_allocated_bytes", &Context::Counters::small_allocated_bytes)
+      .def_readonly("small_freed_bytes", &Context::Counters::small_freed_bytes)
       .def_readonly("evictions", &Context::Counters::evictions)
       .def_readonly("restores", &Context::Counters::restores)
       .def_readonly("bytes_out", &Context::Counters::bytes_out)
@@ -58,6 +62,10 @@ void bind_records(py::module_& module) {
       .def_readonly("max", &Usage::max)
       .def_readonly("base", &Usage::base)
       .def_readonly("peak", &Usage::peak)
+      .def_readonly("small_peak", &Usage::small_peak)
+      .def_readonly("large_peak", &Usage::large_peak)
+      .def_readonly("peak_resident", &Usage::peak_resident)
+      .def_readonly("fenced", &Usage::fenced)
       .def_readonly("evicted", &Usage::evicted)
       .def_readonly("available", &Usage::available)
       .def_readonly("live_blocks", &Usage::live_blocks)
@@ -134,7 +142,6 @@ void bind_context(py::module_& module) {
             return self.block_bytes(reinterpret_cast<const void*>(address));
           },
           py::arg("address"))
-      .def("reset_peak", &Context::reset_peak)
       .def(
           "capture_stream", [](Context& self) { return self.manager()->capture_stream(self); },
           Unlocked())
@@ -240,7 +247,9 @@ void bind_manager(py::module_& module) {
       .def("device_usage", &Manager::device_usage, Unlocked())
       .def("available", &Manager::available, Unlocked())
       .def("totals", &Manager::totals, Unlocked())
-      .def("reset_peaks", &Manager::reset_peaks, Unlocked())
+      .def("reset_peaks", py::overload_cast<>(&Manager::reset_peaks), Unlocked())
+      .def("reset_peaks", py::overload_cast<Context&>(&Manager::reset_peaks), py::arg("context"),
+           Unlocked())
       .def("trim", &Manager::trim, Unlocked())
       .def("stop_making_ahead", &Manager::stop_making_ahead, Unlocked())
       .def("shut_down", &Manager::shut_down, Unlocked())

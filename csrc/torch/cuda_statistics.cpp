@@ -31,24 +31,33 @@ CudaStatistics::Flows CudaStatistics::flows(const Totals& totals) {
   return {
       .blocks = {number(counters.allocations) - segments_in, number(counters.frees) - segments_out},
       .bytes = {allocated - bytes_in, allocated - number(totals.used) - bytes_out},
+      .active = {allocated - bytes_in,
+                 allocated - number(totals.used) - bytes_out - number(totals.fenced)},
+      .small_blocks = {number(counters.small_allocations), number(counters.small_frees)},
+      .small_bytes = {number(counters.small_allocated_bytes), number(counters.small_freed_bytes)},
       .reserved = {created - bytes_in, created - number(totals.existing) - bytes_out},
       .pages = {number(counters.pages_mapped), number(counters.pages_unmapped)},
       .segments = {number(counters.pages_mapped) - segments_in,
                    number(counters.pages_unmapped) - segments_out},
+      .none = {},
       .refusals = number(counters.refusals),
   };
 }
 
-void CudaStatistics::add(StatArray& array, const Flow& now, const Flow& at_reset,
-                         std::int64_t peak) {
-  // Arenas do not divide small from large; the parts must add up to the whole.
-  for (const StatType type : {StatType::AGGREGATE, StatType::LARGE_POOL}) {
+void CudaStatistics::add(StatArray& array, const Flows& now, Flow Flows::* all, Flow Flows::* small,
+                         const Peaks& peaks) const {
+  const auto add_one = [&](StatType type, const Flow& flow, const Flow& before, std::int64_t peak) {
     auto& stat = array[static_cast<std::size_t>(type)];
-    stat.current += now.in - now.out;
+    stat.current += flow.in - flow.out;
     stat.peak = std::max(stat.current, stat.peak + peak);
-    stat.allocated += now.in - at_reset.in;
-    stat.freed += now.out - at_reset.out;
-  }
+    stat.allocated += flow.in - before.in;
+    stat.freed += flow.out - before.out;
+  };
+  const auto less = [](const Flow& a, const Flow& b) { return Flow{a.in - b.in, a.out - b.out}; };
+  add_one(StatType::AGGREGATE, now.*all, at_reset_.*all, peaks.all);
+  add_one(StatType::SMALL_POOL, now.*small, at_reset_.*small, peaks.small);
+  add_one(StatType::LARGE_POOL, less(now.*all, now.*small), less(at_reset_.*all, at_reset_.*small),
+          peaks.large);
 }
 
 void CudaStatistics::add_to(c10::CachingDeviceAllocator::DeviceStats& stats) const {
@@ -57,20 +66,23 @@ void CudaStatistics::add_to(c10::CachingDeviceAllocator::DeviceStats& stats) con
   if (!manager) return;
   const Totals totals = manager->totals();
   const Flows now = flows(totals);
-  const std::int64_t blocks = now.blocks.in - now.blocks.out;
   // Segments are in both sums of peaks, at least as many as there were at the least.
   const std::int64_t in_both = number(totals.least_segment_bytes);
-  const std::int64_t peak = number(totals.peak) - in_both;
-  add(stats.allocation, now.blocks, at_reset_.blocks, blocks);
-  add(stats.active, now.blocks, at_reset_.blocks, blocks);
-  add(stats.segment, now.segments, at_reset_.segments, now.segments.in - now.segments.out);
-  add(stats.allocated_bytes, now.bytes, at_reset_.bytes, peak);
-  add(stats.requested_bytes, now.bytes, at_reset_.bytes, peak);
-  Flow active = now.bytes;
-  active.out -= number(totals.fenced);
-  add(stats.active_bytes, active, at_reset_.bytes, peak);
-  add(stats.reserved_bytes, now.reserved, at_reset_.reserved,
-      number(totals.existing_peak) - in_both);
+  const auto count = [](const Flow& flow) { return flow.in - flow.out; };
+  const std::int64_t small = count(now.small_blocks);
+  const Peaks blocks{count(now.blocks), small, count(now.blocks) - small};
+  const Peaks bytes{number(totals.peak) - in_both, number(totals.small_peak),
+                    number(totals.large_peak) - in_both};
+  const auto all_large = [](std::int64_t peak) { return Peaks{peak, 0, peak}; };
+  add(stats.allocation, now, &Flows::blocks, &Flows::small_blocks, blocks);
+  add(stats.active, now, &Flows::blocks, &Flows::small_blocks, blocks);
+  add(stats.allocated_bytes, now, &Flows::bytes, &Flows::small_bytes, bytes);
+  add(stats.requested_bytes, now, &Flows::bytes, &Flows::small_bytes, bytes);
+  add(stats.active_bytes, now, &Flows::active, &Flows::small_bytes, bytes);
+  // Pages serve blocks of any size.
+  add(stats.segment, now, &Flows::segments, &Flows::none, all_large(count(now.segments)));
+  add(stats.reserved_bytes, now, &Flows::reserved, &Flows::none,
+      all_large(number(totals.existing_peak) - in_both));
   stats.num_ooms += now.refusals - at_reset_.refusals;
   stats.num_device_alloc += now.pages.in - at_reset_.pages.in;
   stats.num_device_free += now.pages.out - at_reset_.pages.out;

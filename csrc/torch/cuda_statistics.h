@@ -29,14 +29,24 @@ class CudaStatistics {
   struct Flows {
     Flow blocks;
     Flow bytes;
+    Flow active;        // bytes, what is fenced included
+    Flow small_blocks;  // of these
+    Flow small_bytes;
     Flow reserved;  // bytes
     Flow pages;
     Flow segments;  // pages, which stand for the segments that native lists as well
+    Flow none;
     std::int64_t refusals = 0;
   };
+  struct Peaks {
+    std::int64_t all = 0;
+    std::int64_t small = 0;
+    std::int64_t large = 0;
+  };
   static Flows flows(const Totals& totals);
-  static void add(c10::CachingAllocator::StatArray& array, const Flow& now, const Flow& at_reset,
-                  std::int64_t peak);
+  // `small` is a part of `all`; the rest is large.
+  void add(c10::CachingAllocator::StatArray& array, const Flows& now, Flow Flows::* all,
+           Flow Flows::* small, const Peaks& peaks) const;
 
   mutable std::mutex mutex_;
   std::weak_ptr<Manager> manager_;

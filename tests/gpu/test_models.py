@@ -122,7 +122,7 @@ def test_generate_in_a_thread_with_a_streamer_is_charged() -> None:
     with context_session(context):
         model = models.llama().cuda()
         expected = model.generate(ids, max_new_tokens=32, do_sample=False)
-        contexts_before = context.memory_stats()["allocation.allocated"]
+        contexts_before = context.memory_stats()["allocation.all.allocated"]
         native_before = torch.cuda.memory_stats()["allocation.all.allocated"]
         worker = threading.Thread(
             target=model.generate,
@@ -134,7 +134,7 @@ def test_generate_in_a_thread_with_a_streamer_is_charged() -> None:
     assert streamer.ended.is_set()
     assert streamer.values == expected.flatten().tolist()
     assert streamer.streams == {context.stream.id}
-    contexts = context.memory_stats()["allocation.allocated"] - contexts_before
+    contexts = context.memory_stats()["allocation.all.allocated"] - contexts_before
     # Every allocation of the process since was the context's.
     assert torch.cuda.memory_stats()["allocation.all.allocated"] - native_before == contexts > 100
 

@@ -240,7 +240,7 @@ def test_a_task_that_cannot_enter_is_told(small: None) -> None:
 
     async def main() -> None:
         async with context_session(b):
-            with pytest.raises(torch.OutOfMemoryError, match="'a' cannot be brought back"):
+            with pytest.raises(torch.OutOfMemoryError, match=r"'a' \(burstable\) cannot come back"):
                 await asyncio.create_task(enter())
         await enter()
         await b.evict_async()

@@ -1,7 +1,9 @@
 """The public functions: what they accept, what they refuse, and that refusals change nothing."""
 
+import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -92,9 +94,9 @@ def test_usage_and_memory_stats() -> None:
         workspaces=0,
     )
     counters = context.memory_stats()
-    assert counters["allocation.allocated"] == 2
-    assert counters["allocation.freed"] == counters["active.current"] == 1
-    assert counters["num_pages_mapped"] * counters["page_bytes"] == usage.reserved
+    assert counters["allocation.all.allocated"] == 2
+    assert counters["allocation.all.freed"] == counters["active.all.current"] == 1
+    assert counters["num_device_alloc"] * counters["page_bytes"] == usage.reserved
     context.reset_peak()
     assert context.usage().peak == MB
     assert second.numel() == MB
@@ -445,3 +447,74 @@ def test_the_free_memory_of_sessions_is_a_matter_of_choice() -> None:
         pgk.initialize(device="cpu", session_mem_info=False)
     with pytest.raises(TypeError, match="session_mem_info must be a bool"):
         pgk.initialize(device="cpu", session_mem_info=1)  # type: ignore[arg-type]
+
+
+def test_figures_have_torchs_keys_and_their_parts_add_up() -> None:
+    context = pgk.create_context("a", 64 * MB)
+    with pgk.context_session(context):
+        small = [torch.empty(MB, dtype=torch.uint8) for _ in range(3)]
+        large = torch.empty(MB + 512, dtype=torch.uint8)
+        del small[1:]
+    stats = context.memory_stats()
+    assert stats["allocated_bytes.small_pool.current"] == MB
+    assert stats["allocated_bytes.small_pool.peak"] == 3 * MB
+    assert stats["allocated_bytes.large_pool.current"] == MB + 512
+    assert stats["allocation.small_pool.allocated"] == 3
+    assert stats["allocation.small_pool.freed"] == 2
+    assert stats["reserved_bytes.all.peak"] == stats["reserved_bytes.all.current"] >= 4 * MB
+    for name in stats:
+        if ".all." in name and not name.endswith("peak"):
+            pools = [
+                stats[name.replace(".all.", pool)] for pool in (".small_pool.", ".large_pool.")
+            ]
+            assert stats[name] == sum(pools), name
+    context.reset_peak()
+    del large
+    stats = context.memory_stats()
+    assert stats["allocated_bytes.small_pool.peak"] == MB
+    assert stats["allocated_bytes.large_pool.peak"] == MB + 512
+    assert stats["allocated_bytes.large_pool.current"] == 0
+
+
+def test_no_difference_of_figures_is_negative_while_pages_move() -> None:
+    context = pgk.create_context("a", 64 * MB)
+    with pgk.context_session(context):
+        kept = torch.ones(32 * MB, dtype=torch.uint8)
+    stop = threading.Event()
+
+    def move() -> None:
+        while not stop.is_set():
+            context.evict()
+            context.restore()
+
+    mover = threading.Thread(target=move)
+    mover.start()
+    try:
+        for _ in range(300):
+            stats = context.memory_stats()
+            held = stats["reserved_bytes.all.current"] + stats["evicted_bytes.current"]
+            assert held >= stats["allocated_bytes.all.current"] - 32 * MB >= 0
+            assert min(stats[name] for name in stats if name != "max_split_size") >= 0
+    finally:
+        stop.set()
+        mover.join()
+    stats = context.memory_stats()
+    assert stats["reserved_bytes.all.current"] + stats["evicted_bytes.current"] >= 32 * MB
+    assert kept[-1] == 1
+
+
+def test_the_summary_of_a_context_is_torchs_table() -> None:
+    context = pgk.create_context("a", 64 * MB)
+    with pgk.context_session(context):
+        kept = torch.ones(20 * MB, dtype=torch.uint8)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.ones(60 * MB, dtype=torch.uint8)
+    text = context.memory_summary()
+    first, *lines = text.splitlines()
+    assert first == "Context 'a'"
+    assert "PyTorch CUDA memory summary, device ID 0" in lines[1]
+    assert re.search(r"\| Allocated memory +\|  20480 KiB \|", text)
+    assert "CUDA OOMs: 1 " in text
+    assert "from small pool" in text
+    assert "from small pool" not in context.memory_summary(abbreviated=True)
+    assert kept[-1] == 1

@@ -270,6 +270,21 @@ def test_failures_on_the_way_lose_nothing(bench: Bench, call: str) -> None:
         assert bench.used() == 0
 
 
+def test_a_block_comes_back_as_soon_as_its_streams_have_passed(bench: Bench) -> None:
+    """As torch does it, whose tests expect the same address; also where there is other room."""
+    context = bench.context
+    block = context.allocate(MB)
+    bench.device.hold(bench.side)
+    context.record_use(block, bench.side)
+    context.free(block)
+    other = context.allocate(MB)
+    assert other != block
+    bench.device.let_go(bench.side)
+    assert context.allocate(MB) == block
+    context.free(other)
+    bench.manager.check_invariants()
+
+
 def test_a_segment_is_idle_memory_in_a_place_of_its_own(bench: Bench) -> None:
     """Stream 0 stands for no stream: private pools of torch divide such memory themselves."""
     context = bench.context
