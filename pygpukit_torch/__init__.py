@@ -10,6 +10,7 @@ from pygpukit_torch.errors import *  # noqa: E402, F403
 from pygpukit_torch.recording import record  # noqa: E402
 from pygpukit_torch.refusals import *  # noqa: E402, F403
 from pygpukit_torch.scheduler import *  # noqa: E402, F403
+from pygpukit_torch.sharing import share  # noqa: E402
 from pygpukit_torch.trace import Trace  # noqa: E402
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __all__ = [
     "native",
     "record",
     "scheduler",
+    "share",
     *errors.__all__,
     *refusals.__all__,
     *scheduler.__all__,

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from pygpukit_torch import captures, native
+from pygpukit_torch import captures, native, sharing
 from pygpukit_torch.errors import InitializationError
 from pygpukit_torch.free_memory import FreeMemory
 from pygpukit_torch.settings import Settings, free_host_memory
@@ -98,7 +98,7 @@ class _Cuda(Backend):
         self.device = native.CudaDevice(settings.device_id, settings.total_vram or 0)
         self.settings = _completed(settings, self.device)
         self.manager = _managed(self.device, native.cuda_streams(self.device), self.settings)
-        self._wrappings = captures.wrappings()
+        self._wrappings = captures.wrappings() + sharing.wrappings()
         if settings.session_mem_info:
             self._wrappings += FreeMemory(self.manager, settings.device_id).wrappings()
 

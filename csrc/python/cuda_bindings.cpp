@@ -1,4 +1,5 @@
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <memory>
 #include <optional>
@@ -61,6 +62,9 @@ void bind_cuda(py::module_& module) {
   module.def("drop_workspaces_of", py::overload_cast<const Context&>(&pgk::drop_workspaces_of),
              py::arg("context"), py::call_guard<py::gil_scoped_release>());
   module.def("workspace_bytes_of", &workspace_bytes_of, py::arg("id"),
+             py::call_guard<py::gil_scoped_release>());
+
+  module.def("empty_outside", &empty_outside, py::arg("bytes"),
              py::call_guard<py::gil_scoped_release>());
 
   // Abandoned unless it is finished.

@@ -1,5 +1,7 @@
 #include "torch/cuda_allocator.h"
 
+#include <ATen/ops/empty.h>
+
 #include "torch/cuda_decorator.h"
 
 namespace pgk {
@@ -46,6 +48,15 @@ void uninstall_cuda_allocator() {
 
 void serve_contexts_of(const std::shared_ptr<Manager>& manager) {
   instance->serve(manager);
+}
+
+at::Tensor empty_outside(std::int64_t bytes) {
+  const auto size = static_cast<std::size_t>(bytes);
+  c10::DataPtr data = instance->allocate_outside(size);
+  const c10::Device device = data.device();
+  const c10::Storage storage(c10::Storage::use_byte_size_t(), size, std::move(data), instance.get(),
+                             /*resizable=*/false);
+  return at::empty({0}, at::TensorOptions(at::kByte).device(device)).set_(storage, 0, {bytes});
 }
 
 std::optional<CudaPools::Announced> take_announced_capture() {

@@ -2,6 +2,7 @@
 // session from their context's arena and leaves everything else to native.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 
 #include <cstddef>
@@ -24,6 +25,9 @@ void install_cuda_allocator();
 void uninstall_cuda_allocator();
 // Whose contexts it serves; null for none. The manager's device is a CudaDevice.
 void serve_contexts_of(const std::shared_ptr<Manager>& manager);
+
+// Bytes on the current device that belong to no context.
+at::Tensor empty_outside(std::int64_t bytes);
 
 // See CudaPools.
 std::optional<CudaPools::Announced> take_announced_capture();

@@ -82,6 +82,12 @@ class CudaDecorator final : public CudaForwarder {
         from_native(current_stream(device), bytes, [=, this] { return native_->allocate(bytes); }));
   }
 
+  // Native's own memory, whatever session the calling thread is in.
+  c10::DataPtr allocate_outside(std::size_t bytes) {
+    return taken_over(from_native(current_stream(current_device()), bytes,
+                                  [=, this] { return native_->allocate(bytes); }));
+  }
+
   void* raw_alloc(std::size_t bytes) override {
     const c10::DeviceIndex device = current_device();
     return raw_alloc_with_stream(bytes, handle_of(current_stream(device)));
@@ -205,7 +211,8 @@ class CudaDecorator final : public CudaForwarder {
     const Context* owner = AddressTable::owner_of(pointer);
     if (owner == nullptr) owner = AddressTable::segment_owner_of(pointer);
     TORCH_CHECK(owner == nullptr, "memory of context '", owner ? owner->name() : "",
-                "' cannot be shared with other processes; clone the tensor outside of sessions");
+                "' cannot be shared with other processes, since it may move: send a copy, "
+                "pygpukit_torch.share(tensor)");
     return native_->shareIpcHandle(pointer);
   }
   void attachOutOfMemoryObserver(caching::OutOfMemoryObserver observer) override {

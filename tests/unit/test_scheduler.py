@@ -464,10 +464,8 @@ def test_figures_have_torchs_keys_and_their_parts_add_up() -> None:
     assert stats["reserved_bytes.all.peak"] == stats["reserved_bytes.all.current"] >= 4 * MB
     for name in stats:
         if ".all." in name and not name.endswith("peak"):
-            pools = [
-                stats[name.replace(".all.", pool)] for pool in (".small_pool.", ".large_pool.")
-            ]
-            assert stats[name] == sum(pools), name
+            parts = (name.replace(".all.", pool) for pool in (".small_pool.", ".large_pool."))
+            assert stats[name] == sum(stats[part] for part in parts), name
     context.reset_peak()
     del large
     stats = context.memory_stats()
