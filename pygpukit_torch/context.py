@@ -119,8 +119,7 @@ class ExecutionContext:
 
         ``small_pool`` counts blocks of up to 1 MiB. Pages serve blocks of any size, so reserved
         memory and segments, which are pages of ``page_bytes``, are those of ``large_pool``.
-        Allocated memory is counted wherever it is, reserved memory on the device;
-        ``evicted_bytes.current`` is what the device does not have.
+        What is evicted is neither allocated nor reserved: ``evicted_bytes.current`` has it.
 
         Also, torch has none of these: ``num_growths`` counts requests that needed pages,
         ``num_evictions`` and ``num_restores`` how often pages went out and came back,

@@ -1,49 +1,50 @@
 """What ``torch.cuda.memory_stats`` and ``memory_summary`` say, for one context."""
 
 import types
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
 from pygpukit_torch import native
 
-_POOLS = ("all", "large_pool", "small_pool")
-
 
 def statistics_of(usage: native.Usage, page_bytes: int) -> dict[str, int]:
-    """Return the figures of a context by torch's keys, and those that only contexts have."""
+    """Return the figures of a context by torch's keys, and those that only contexts have.
+
+    What is evicted is not allocated on the device, so that allocated memory is never more than
+    reserved memory: libraries subtract them.
+    """
     counters = usage.counters
-    blocks = _parts(
-        (counters.allocations, counters.frees),
-        (counters.small_allocations, counters.small_frees),
-    )
-    freed = counters.allocated_bytes - usage.used
-    small = (counters.small_allocated_bytes, counters.small_freed_bytes)
-    data = _parts((counters.allocated_bytes, freed), small)
-    active = _parts((counters.allocated_bytes, freed - usage.fenced), small)
+    blocks = _Flow(counters.allocations, counters.frees)
+    small_blocks = _Flow(counters.small_allocations, counters.small_frees)
+    data = _Flow(counters.allocated_bytes, counters.allocated_bytes - usage.used)
+    small_data = _Flow(counters.small_allocated_bytes, counters.small_freed_bytes)
+    active = _Flow(data.came, data.went - usage.fenced)
     peaks = (usage.peak, usage.large_peak, usage.small_peak)
-    mapped, unmapped = counters.pages_mapped, counters.pages_unmapped
-    pages = _parts((mapped, mapped - usage.resident // page_bytes), (0, 0))
-    reserved = _parts((mapped * page_bytes, mapped * page_bytes - usage.resident), (0, 0))
+    away = min(usage.used, usage.evicted)
+    mapped, pages = counters.pages_mapped, usage.resident // page_bytes
+    segments = _Flow(mapped, mapped - pages)
+    reserved = _Flow(mapped * page_bytes, (mapped - pages) * page_bytes)
     most = usage.peak_resident
+    none = _Flow(0, 0)
     return {
-        **_rows("allocation", blocks),
-        **_rows("segment", pages, (most // page_bytes, most // page_bytes, 0)),
-        **_rows("active", blocks),
-        **_rows("inactive_split", _parts((0, 0), (0, 0))),
-        **_rows("allocated_bytes", data, peaks),
-        **_rows("reserved_bytes", reserved, (most, most, 0)),
-        **_rows("active_bytes", active, peaks),
-        **_rows("inactive_split_bytes", _parts((0, 0), (0, 0))),
-        **_rows("requested_bytes", data, peaks),
-        **dict(_row("oversize_allocations", (0, 0), 0)),
-        **dict(_row("oversize_segments", (0, 0), 0)),
+        **_rows("allocation", blocks, small_blocks),
+        **_rows("segment", segments, none, (most // page_bytes, most // page_bytes, 0)),
+        **_rows("active", blocks, small_blocks),
+        **_rows("inactive_split", none, none),
+        **_rows("allocated_bytes", data, small_data, peaks, away),
+        **_rows("reserved_bytes", reserved, none, (most, most, 0)),
+        **_rows("active_bytes", active, small_data, peaks, away),
+        **_rows("inactive_split_bytes", none, none),
+        **_rows("requested_bytes", data, small_data, peaks, away),
+        **_row("oversize_allocations", none),
+        **_row("oversize_segments", none),
         "max_split_size": -1,
         "num_alloc_retries": 0,
         "num_ooms": counters.refusals,
         "num_sync_all_streams": 0,
         "num_device_alloc": mapped,
-        "num_device_free": unmapped,
+        "num_device_free": counters.pages_unmapped,
         "num_growths": counters.growths,
         "num_evictions": counters.evictions,
         "num_restores": counters.restores,
@@ -55,29 +56,39 @@ def statistics_of(usage: native.Usage, page_bytes: int) -> dict[str, int]:
     }
 
 
-Flow = tuple[int, int]  # what came and what went since the beginning
+@dataclass(frozen=True)
+class _Flow:
+    """What came and what went since the beginning."""
 
-
-def _parts(everything: Flow, small: Flow) -> tuple[Flow, Flow, Flow]:
-    large = (everything[0] - small[0], everything[1] - small[1])
-    return everything, large, small
+    came: int
+    went: int
 
 
 def _rows(
-    name: str, parts: tuple[Flow, Flow, Flow], peaks: tuple[int, int, int] | None = None
+    name: str,
+    everything: _Flow,
+    small: _Flow,
+    peaks: tuple[int, int, int] = (0, 0, 0),
+    away: int = 0,
 ) -> dict[str, int]:
-    rows: dict[str, int] = {}
-    for i, pool in enumerate(_POOLS):
-        rows |= _row(f"{name}.{pool}", parts[i], peaks[i] if peaks else 0)
-    return rows
+    """Rows for all, large and small, of which ``away`` is not on the device."""
+    large = _Flow(everything.came - small.came, everything.went - small.went)
+    large_away = min(away, large.came - large.went)
+    return {
+        **_row(f"{name}.all", everything, peaks[0], away),
+        **_row(f"{name}.large_pool", large, peaks[1], large_away),
+        **_row(f"{name}.small_pool", small, peaks[2], away - large_away),
+    }
 
 
-def _row(name: str, flow: Flow, peak: int) -> Iterator[tuple[str, int]]:
-    came, went = flow
-    yield f"{name}.current", came - went
-    yield f"{name}.peak", max(peak, came - went)
-    yield f"{name}.allocated", came
-    yield f"{name}.freed", went
+def _row(name: str, flow: _Flow, peak: int = 0, away: int = 0) -> dict[str, int]:
+    current = flow.came - flow.went
+    return {
+        f"{name}.current": current - away,
+        f"{name}.peak": max(peak, current),
+        f"{name}.allocated": flow.came,
+        f"{name}.freed": flow.went,
+    }
 
 
 def summary_of(

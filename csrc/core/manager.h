@@ -57,6 +57,7 @@ struct Totals {
   Context::Counters counters;
   std::size_t used = 0;        // segments included
   std::size_t peak = 0;        // sum of the contexts' peaks: at least the peak of the sum
+  std::size_t used_away = 0;   // of what is used, at least so much is evicted
   std::size_t small_peak = 0;  // the same of small and of large blocks, while they live
   std::size_t large_peak = 0;
   std::size_t least_segment_bytes = 0;  // since the peaks were reset: at most the least sum

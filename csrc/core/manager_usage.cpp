@@ -112,7 +112,9 @@ Totals Manager::totals() const {
   for (const Context* context : all()) {
     const ContextLock context_lock(context->mutex_);
     totals.counters += context->counters_;
-    totals.used += context->arena_.used_bytes();
+    const std::size_t used = context->arena_.used_bytes();
+    totals.used += used;
+    totals.used_away += std::min(used, context->evicted_pages_ * context->page_bytes());
     totals.peak += context->arena_.peak_bytes();
     totals.least_segment_bytes += context->least_segment_bytes_;
     totals.small_peak += context->small_peak_;

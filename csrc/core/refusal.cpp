@@ -62,12 +62,6 @@ std::string of_context(const Refusal& refusal) {
          " in use.";
 }
 
-std::string as_sentence(std::string clause) {
-  if (clause.empty()) return clause;
-  if (clause.front() >= 'a' && clause.front() <= 'z') clause.front() -= 'a' - 'A';
-  return " " + clause + ".";
-}
-
 std::string of_holders(const Refusal& refusal) {
   std::string text;
   for (const Refusal::Holder& holder : refusal.holders) {
@@ -127,7 +121,7 @@ std::string advice(const Refusal& refusal) {
 
 std::string to_text(const Refusal& refusal) {
   return as_torch_says(refusal) + of_device(refusal) + of_context(refusal) +
-         as_sentence(refusal.reason) + of_holders(refusal) + advice(refusal);
+         " Reason: " + refusal.reason + "." + of_holders(refusal) + advice(refusal);
 }
 
 void Refusals::raise(Refusal refusal) {

@@ -45,19 +45,22 @@ CudaStatistics::Flows CudaStatistics::flows(const Totals& totals) {
 }
 
 void CudaStatistics::add(StatArray& array, const Flows& now, Flow Flows::* all, Flow Flows::* small,
-                         const Peaks& peaks) const {
-  const auto add_one = [&](StatType type, const Flow& flow, const Flow& before, std::int64_t peak) {
+                         const Peaks& peaks, std::int64_t away) const {
+  const auto add_one = [&](StatType type, const Flow& flow, const Flow& before, std::int64_t peak,
+                           std::int64_t not_here) {
     auto& stat = array[static_cast<std::size_t>(type)];
-    stat.current += flow.in - flow.out;
+    stat.current += flow.in - flow.out - not_here;
     stat.peak = std::max(stat.current, stat.peak + peak);
     stat.allocated += flow.in - before.in;
     stat.freed += flow.out - before.out;
   };
   const auto less = [](const Flow& a, const Flow& b) { return Flow{a.in - b.in, a.out - b.out}; };
-  add_one(StatType::AGGREGATE, now.*all, at_reset_.*all, peaks.all);
-  add_one(StatType::SMALL_POOL, now.*small, at_reset_.*small, peaks.small);
-  add_one(StatType::LARGE_POOL, less(now.*all, now.*small), less(at_reset_.*all, at_reset_.*small),
-          peaks.large);
+  const Flow large = less(now.*all, now.*small);
+  const std::int64_t large_away = std::min(away, large.in - large.out);
+  add_one(StatType::AGGREGATE, now.*all, at_reset_.*all, peaks.all, away);
+  add_one(StatType::SMALL_POOL, now.*small, at_reset_.*small, peaks.small, away - large_away);
+  add_one(StatType::LARGE_POOL, large, less(at_reset_.*all, at_reset_.*small), peaks.large,
+          large_away);
 }
 
 void CudaStatistics::add_to(c10::CachingDeviceAllocator::DeviceStats& stats) const {
@@ -76,9 +79,12 @@ void CudaStatistics::add_to(c10::CachingDeviceAllocator::DeviceStats& stats) con
   const auto all_large = [](std::int64_t peak) { return Peaks{peak, 0, peak}; };
   add(stats.allocation, now, &Flows::blocks, &Flows::small_blocks, blocks);
   add(stats.active, now, &Flows::blocks, &Flows::small_blocks, blocks);
-  add(stats.allocated_bytes, now, &Flows::bytes, &Flows::small_bytes, bytes);
-  add(stats.requested_bytes, now, &Flows::bytes, &Flows::small_bytes, bytes);
-  add(stats.active_bytes, now, &Flows::active, &Flows::small_bytes, bytes);
+  // So that what is allocated is never more than what is reserved: libraries subtract them.
+  const std::int64_t away =
+      std::min(number(totals.used_away), std::max(count(now.bytes), std::int64_t{0}));
+  add(stats.allocated_bytes, now, &Flows::bytes, &Flows::small_bytes, bytes, away);
+  add(stats.requested_bytes, now, &Flows::bytes, &Flows::small_bytes, bytes, away);
+  add(stats.active_bytes, now, &Flows::active, &Flows::small_bytes, bytes, away);
   // Pages serve blocks of any size.
   add(stats.segment, now, &Flows::segments, &Flows::none, all_large(count(now.segments)));
   add(stats.reserved_bytes, now, &Flows::reserved, &Flows::none,

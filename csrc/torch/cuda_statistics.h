@@ -44,9 +44,9 @@ class CudaStatistics {
     std::int64_t large = 0;
   };
   static Flows flows(const Totals& totals);
-  // `small` is a part of `all`; the rest is large.
+  // `small` is a part of `all`; the rest is large. `away` is not on the device now.
   void add(c10::CachingAllocator::StatArray& array, const Flows& now, Flow Flows::* all,
-           Flow Flows::* small, const Peaks& peaks) const;
+           Flow Flows::* small, const Peaks& peaks, std::int64_t away = 0) const;
 
   mutable std::mutex mutex_;
   std::weak_ptr<Manager> manager_;

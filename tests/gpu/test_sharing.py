@@ -100,3 +100,20 @@ def test_figures_of_a_context_have_all_of_torchs_keys() -> None:
             )
             assert stats[name] == sum(pools), name
     assert "GPU reserved memory" in context.memory_summary()
+
+
+def test_torch_never_says_that_more_is_allocated_than_reserved() -> None:
+    context = create_context("a", GB)
+    with context_session(context):
+        x = torch.ones(128 * MB, device="cuda")
+    before = torch.cuda.memory_allocated()
+    context.evict()
+    torch.cuda.empty_cache()
+    assert before - torch.cuda.memory_allocated() == x.nbytes
+    with beside(Mover(context)):
+        for _ in range(300):
+            stats = torch.cuda.memory_stats()
+            reserved = stats["reserved_bytes.all.current"]
+            assert 0 <= stats["allocated_bytes.all.current"] <= reserved
+    context.restore()
+    assert torch.cuda.memory_allocated() == before

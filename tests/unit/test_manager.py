@@ -589,7 +589,7 @@ def test_a_failed_growth_says_what_the_device_said_and_keeps_its_progress(call: 
     fixture = Fixture()
     context = fixture.create("a", 16 * MB)
     fixture.device.inject_fault(3, Device.Call.__members__[call])
-    with pytest.raises(torch.OutOfMemoryError, match=f"The device said: host: {call} of 2"):
+    with pytest.raises(torch.OutOfMemoryError, match=f"the device said: host: {call} of 2"):
         context.allocate(8 * MB)
     assert fixture.resident(context) == 4 * MB
     fixture.manager.check_invariants()

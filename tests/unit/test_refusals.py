@@ -42,7 +42,7 @@ def at_work(name: str, size: int, qos: QoSPolicy) -> Iterator[None]:
 def test_it_says_what_helps_who_is_over_its_budget() -> None:
     context = create_context("a", 8 * MB)
     whole = str(refused(context, 9 * MB))
-    assert "The request does not fit into its budget." in whole
+    assert "Reason: the request does not fit into its budget." in whole
     assert whole.endswith("It is more than the whole budget: raise that with resize().")
     with context_session(context):
         kept = torch.ones(6 * MB, dtype=torch.uint8)
@@ -128,7 +128,7 @@ def test_it_says_for_whom_to_wait_and_who_is_of_a_higher_tier() -> None:
     ):
         late = create_context("late", 64 * MB)
         text = str(refused(late, 32 * MB))
-        assert "The device is full, and nobody can give way." in text
+        assert "Reason: the device is full, and nobody can give way." in text
         assert text.endswith("Wait until sessions end that use peer, worker.")
         late.destroy()
         text = str(refused(create_context("late", 64 * MB, qos=best_effort), 32 * MB))
