@@ -16,85 +16,94 @@ from typing import Any
 import torch
 
 from pygpukit_torch import native
-from pygpukit_torch.wrapping import Wrapping
+from pygpukit_torch.wrapping import Function, Wrapping
 
 _Graph = torch.cuda.CUDAGraph
-
-_enter = torch.cuda.graph.__enter__
-_begin = _Graph.capture_begin
-_end = _Graph.capture_end
-_reset = _Graph.reset
-_replay = _Graph.replay
 
 
 def wrappings() -> list[Wrapping]:
     """Have graphs in sessions captured and replayed as their contexts need it."""
     wrapped = [
-        Wrapping(torch.cuda.graph, "__enter__", _enter, _enter_on_own_stream),
-        Wrapping(_Graph, "replay", _replay, _replay_in_turn),
+        Wrapping(torch.cuda.graph, "__enter__", _on_own_stream),
+        Wrapping(_Graph, "replay", _in_turn),
     ]
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14):
         wrapped += [
-            Wrapping(_Graph, "capture_begin", _begin, _begin_announced),
-            Wrapping(_Graph, "capture_end", _end, _end_announced),
-            Wrapping(_Graph, "reset", _reset, _reset_announced),
+            Wrapping(_Graph, "capture_begin", _announced),
+            Wrapping(_Graph, "capture_end", _settled),
+            Wrapping(_Graph, "reset", _settled_by_reset),
         ]
     return wrapped
 
 
-@wraps(_enter)
-def _enter_on_own_stream(self: torch.cuda.graph) -> None:
-    context = native.current_context()
-    if context is not None:
-        handle = context.capture_stream()
-        if not _is_one_of(self.capture_stream, handle, context.stream):
-            self.capture_stream = torch.cuda.ExternalStream(handle)
-            self.stream_ctx = torch.cuda.stream(self.capture_stream)
-    _enter(self)
+def _on_own_stream(enter: Function) -> Function:
+    @wraps(enter)
+    def ours(self: torch.cuda.graph) -> None:
+        context = native.current_context()
+        if context is not None:
+            handle = context.capture_stream()
+            if not _is_one_of(self.capture_stream, handle, context.stream):
+                self.capture_stream = torch.cuda.ExternalStream(handle)
+                self.stream_ctx = torch.cuda.stream(self.capture_stream)
+        enter(self)
+
+    return ours
 
 
 def _is_one_of(stream: torch.cuda.Stream | None, *handles: int) -> bool:
     return stream is not None and stream.cuda_stream in handles
 
 
-@wraps(_replay)
-def _replay_in_turn(self: torch.cuda.CUDAGraph) -> None:
-    native.pass_gate()
-    _replay(self)
+def _in_turn(replay: Function) -> Function:
+    @wraps(replay)
+    def ours(self: _Graph) -> None:
+        native.pass_gate()
+        replay(self)
+
+    return ours
 
 
-@wraps(_begin)
-def _begin_announced(self: _Graph, *args: Any, **kwargs: Any) -> None:
-    stale = native.Capture.take_announced()  # of a graph that is none of these
-    if stale is not None:
-        stale.finish()
-    try:
-        _begin(self, *args, **kwargs)
-        # If the graph goes, so does this, and what it has not finished is abandoned.
-        self._pygpukit_capture = native.Capture.take_announced()  # type: ignore[attr-defined]
-    except BaseException:
-        capture = native.Capture.take_announced()
-        if capture is not None:
-            capture.abandon()
-        raise
+def _announced(begin: Function) -> Function:
+    @wraps(begin)
+    def ours(self: _Graph, *args: Any, **kwargs: Any) -> None:
+        stale = native.Capture.take_announced()  # of a graph that is none of these
+        if stale is not None:
+            stale.finish()
+        try:
+            begin(self, *args, **kwargs)
+            # If the graph goes, so does this, and what it has not finished is abandoned.
+            self._pygpukit_capture = native.Capture.take_announced()  # type: ignore[attr-defined]
+        except BaseException:
+            capture = native.Capture.take_announced()
+            if capture is not None:
+                capture.abandon()
+            raise
+
+    return ours
 
 
-@wraps(_end)
-def _end_announced(self: _Graph) -> None:
-    try:
-        _end(self)
-    except BaseException:
+def _settled(end: Function) -> Function:
+    @wraps(end)
+    def ours(self: _Graph) -> None:
+        try:
+            end(self)
+        except BaseException:
+            _settle(self)
+            raise
         _settle(self)
-        raise
-    _settle(self)
+
+    return ours
 
 
-@wraps(_reset)
-def _reset_announced(self: _Graph) -> None:
-    is_captured = _is_captured(self)
-    _reset(self)
-    # Torch has released the pool of a graph that was captured.
-    _settle(self, is_captured=is_captured)
+def _settled_by_reset(reset: Function) -> Function:
+    @wraps(reset)
+    def ours(self: _Graph) -> None:
+        is_captured = _is_captured(self)
+        reset(self)
+        # Torch has released the pool of a graph that was captured.
+        _settle(self, is_captured=is_captured)
+
+    return ours
 
 
 def _settle(graph: _Graph, *, is_captured: bool | None = None) -> None:

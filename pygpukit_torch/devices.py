@@ -9,7 +9,6 @@ from pygpukit_torch import captures, native, sharing
 from pygpukit_torch.errors import InitializationError
 from pygpukit_torch.free_memory import FreeMemory
 from pygpukit_torch.settings import Settings, free_host_memory
-from pygpukit_torch.wrapping import put_on, take_off
 
 
 class Backend(ABC):
@@ -108,10 +107,12 @@ class _Cuda(Backend):
                 torch.cuda.memory.change_current_allocator(ContextAllocator())
             native.install_cuda_allocator()
             native.serve_contexts_of(self.manager)
-        put_on(self._wrappings)
+        for wrapping in self._wrappings:
+            wrapping.put_on()
 
     def uninstall(self) -> None:
-        take_off(self._wrappings)
+        for wrapping in self._wrappings:
+            wrapping.take_off()
         if self.settings.install:
             native.uninstall_cuda_allocator()
 

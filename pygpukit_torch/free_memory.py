@@ -26,16 +26,13 @@ class FreeMemory:
 
     def wrappings(self) -> list[Wrapping]:
         """All by which torch tells it."""
-        ours = self.wrapped(torch.cuda.mem_get_info)
         wrappings = [
-            Wrapping(owner, "mem_get_info", torch.cuda.mem_get_info, ours)
+            Wrapping(owner, "mem_get_info", self.wrapped)
             for owner in (torch.cuda, torch.cuda.memory)
         ]
-        before = getattr(torch.accelerator, "get_memory_info", None)
-        if before is not None:
-            ours = self.wrapped(before)
+        if hasattr(torch.accelerator, "get_memory_info"):
             wrappings += [
-                Wrapping(owner, "get_memory_info", before, ours)
+                Wrapping(owner, "get_memory_info", self.wrapped)
                 for owner in (torch.accelerator, torch.accelerator.memory)
             ]
         return wrappings
@@ -53,14 +50,22 @@ class FreeMemory:
     def of_session(self, device: Any = None) -> tuple[int, int] | None:
         """Return what the calling thread's context could have now, and its budget, in bytes.
 
-        None outside of sessions and for other devices.
+        None outside of sessions, after ``shutdown``, and for what is not the device.
         """
         context = native.current_context()
-        if context is None or self._index_of(device) != self._device_id:
+        if context is None or context.manager is not self._manager or not self._is_it(device):
             return None
         usage = self._manager.usage(context)
         return usage.available, usage.max
 
-    def _index_of(self, device: Any) -> int:
-        index = device if device is None or isinstance(device, int) else torch.device(device).index
-        return torch.accelerator.current_device_index() if index is None else int(index)
+    def _is_it(self, device: Any) -> bool:
+        if isinstance(device, str | torch.device):
+            device = torch.device(device)
+            if device.type != "cuda":
+                return False
+            device = device.index
+        elif isinstance(device, torch.cuda.device):
+            device = device.idx
+        if device is None:
+            device = torch.accelerator.current_device_index()
+        return bool(device == self._device_id)

@@ -65,7 +65,7 @@ class Refusal:
 def empty_outside(bytes: int) -> torch.Tensor:
     """Bytes on the current CUDA device that belong to no context. Only with a CUDA torch."""
 
-def find_refusal(text: str) -> Refusal | None:
+def find_refusal(text: str | bytes) -> Refusal | None:
     """Return the latest with which the text of an error begins, of the last 256."""
 
 class Handle:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from pygpukit_torch import native
 from pygpukit_torch.qos import QoSPolicy
 
@@ -47,9 +49,11 @@ class Refusal:
 def refusal_of(error: BaseException) -> Refusal | None:
     """Return the facts of an out-of-memory error of a context; None for any other error.
 
-    Torch makes its errors of text alone, so the facts are found by it. The latest 256 are known.
+    Torch makes its errors of text alone, so the facts are found by it: those of the latest 256, and
+    of equal texts the latest. (On CUDA sizes are rounded in them.)
     """
-    found = native.find_refusal(str(error))
+    is_known = isinstance(error, torch.OutOfMemoryError | RuntimeError)
+    found = native.find_refusal(str(error).encode(errors="replace")) if is_known else None
     if found is None:
         return None
     return Refusal(

@@ -5,8 +5,9 @@ move. So what is sent is a copy in memory that belongs to no context.
 """
 
 import multiprocessing.queues
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import wraps
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from pygpukit_torch import native
 from pygpukit_torch.wrapping import Wrapping
 
-_put = multiprocessing.queues.Queue.put
+_LOOKED_AT = 1000  # items of a container: whoever sends more of them sends no tensors
 
 
 def share(tensor: torch.Tensor) -> torch.Tensor:
@@ -30,39 +31,70 @@ def share(tensor: torch.Tensor) -> torch.Tensor:
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
         raise TypeError(f"share() takes a dense tensor, got {type(tensor).__name__}")
     source = tensor.detach()
-    copy: torch.Tensor
+    size = source.numel() * source.element_size()
     if source.is_cuda:
         with torch.cuda.device(source.device):
-            data = native.empty_outside(source.numel() * source.element_size())
-        copy = data.view(source.dtype).view(source.shape).copy_(source)
+            data = native.empty_outside(size).untyped_storage()
     else:
-        copy = source.clone(memory_format=torch.contiguous_format).share_memory_()
-    return copy
+        data = torch.UntypedStorage._new_shared(size)
+    copy = torch.empty(0, dtype=source.dtype, device=source.device)
+    return copy.set_(data, 0, source.shape).copy_(source)  # type: ignore[call-overload, no-any-return]
 
 
 def wrappings() -> list[Wrapping]:
-    """Have queues refuse what they cannot send, while the sender can still be told."""
-    return [Wrapping(multiprocessing.queues.Queue, "put", _put, _put_unless_in_a_context)]
+    """Have queues refuse what they cannot send, while the sender can still be told.
+
+    A queue pickles in a thread of its own, which only prints what goes wrong.
+    """
+    queues = multiprocessing.queues.Queue, multiprocessing.queues.JoinableQueue
+    return [Wrapping(queue, "put", _unless_in_a_context) for queue in queues]
 
 
-@wraps(_put)
-def _put_unless_in_a_context(self: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
-    # A queue pickles in a thread of its own, which only prints what goes wrong.
-    for tensor in _tensors_of(obj):
-        context = native.context_of(tensor.untyped_storage().data_ptr()) if tensor.is_cuda else None
-        if context is not None:
+def _unless_in_a_context(put: Callable[..., None]) -> Callable[..., None]:
+    @wraps(put)
+    def ours(self: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
+        name = _context_in(obj)
+        if name is not None:
             raise RuntimeError(
-                f"memory of context {context.name!r} cannot be shared with other processes, since "
-                "it may move: send a copy, pygpukit_torch.share(tensor)"
+                f"memory of context {name!r} cannot be shared with other processes, since it may "
+                "move: send a copy, pygpukit_torch.share(tensor)"
             )
-    _put(self, obj, *args, **kwargs)
+        put(self, obj, *args, **kwargs)
+
+    return ours
+
+
+def _context_in(obj: Any) -> str | None:
+    """The context of the first CUDA tensor that has one, as far as tensors can be seen."""
+    if not isinstance(obj, torch.Tensor | torch.nn.Module | list | tuple | dict):
+        return None
+    try:
+        for tensor in islice(_tensors_of(obj), _LOOKED_AT):
+            if not tensor.is_cuda:
+                continue
+            context = native.context_of(tensor.untyped_storage().data_ptr())
+            if context is not None:
+                return context.name
+    except Exception:  # it is pickling that decides; this is only sooner
+        return None
+    return None
 
 
 def _tensors_of(obj: Any) -> Iterator[torch.Tensor]:
-    """As far as they can be seen: in containers and modules, and by themselves."""
-    for leaf in torch.utils._pytree.tree_leaves(obj):
-        if isinstance(leaf, torch.Tensor):
-            yield leaf
-        elif isinstance(leaf, torch.nn.Module):
-            yield from leaf.parameters()
-            yield from leaf.buffers()
+    """As far as they can be seen: by themselves, in modules, and in containers three deep."""
+    if isinstance(obj, torch.Tensor):
+        yield obj
+    elif isinstance(obj, torch.nn.Module):
+        yield from obj.parameters()
+        yield from obj.buffers()
+    else:
+        yield from _in_container(obj, depth=3)
+
+
+def _in_container(obj: Any, depth: int) -> Iterator[torch.Tensor]:
+    items = obj.values() if isinstance(obj, dict) else obj
+    for item in islice(items, _LOOKED_AT):
+        if isinstance(item, torch.Tensor | torch.nn.Module):
+            yield from _tensors_of(item)
+        elif depth > 1 and isinstance(item, list | tuple | dict):
+            yield from _in_container(item, depth - 1)

@@ -1,6 +1,7 @@
 """What ``torch.cuda.memory_stats`` and ``memory_summary`` say, for one context."""
 
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,21 +21,24 @@ def statistics_of(usage: native.Usage, page_bytes: int) -> dict[str, int]:
     data = _Flow(counters.allocated_bytes, counters.allocated_bytes - usage.used)
     small_data = _Flow(counters.small_allocated_bytes, counters.small_freed_bytes)
     active = _Flow(data.came, data.went - usage.fenced)
-    peaks = (usage.peak, usage.large_peak, usage.small_peak)
-    away = min(usage.used, usage.evicted)
-    mapped, pages = counters.pages_mapped, usage.resident // page_bytes
-    segments = _Flow(mapped, mapped - pages)
-    reserved = _Flow(mapped * page_bytes, (mapped - pages) * page_bytes)
     most = usage.peak_resident
+    peaks = tuple(min(peak, most) for peak in (usage.peak, usage.large_peak, usage.small_peak))
+    away = min(usage.used, usage.evicted)
+    active_away = min(usage.used + usage.fenced, usage.evicted)
+    # Pages that were moved out count as long as they are away.
+    mapped, unmapped = counters.pages_mapped, counters.pages_unmapped
+    pages = _Flow(mapped, unmapped)
+    reserved = _Flow(mapped * page_bytes, unmapped * page_bytes)
+    pages_away = mapped - unmapped - usage.resident // page_bytes
     none = _Flow(0, 0)
     return {
         **_rows("allocation", blocks, small_blocks),
-        **_rows("segment", segments, none, (most // page_bytes, most // page_bytes, 0)),
+        **_rows("segment", pages, none, (most // page_bytes, most // page_bytes, 0), pages_away),
         **_rows("active", blocks, small_blocks),
         **_rows("inactive_split", none, none),
         **_rows("allocated_bytes", data, small_data, peaks, away),
-        **_rows("reserved_bytes", reserved, none, (most, most, 0)),
-        **_rows("active_bytes", active, small_data, peaks, away),
+        **_rows("reserved_bytes", reserved, none, (most, most, 0), pages_away * page_bytes),
+        **_rows("active_bytes", active, small_data, peaks, active_away),
         **_rows("inactive_split_bytes", none, none),
         **_rows("requested_bytes", data, small_data, peaks, away),
         **_row("oversize_allocations", none),
@@ -44,7 +48,7 @@ def statistics_of(usage: native.Usage, page_bytes: int) -> dict[str, int]:
         "num_ooms": counters.refusals,
         "num_sync_all_streams": 0,
         "num_device_alloc": mapped,
-        "num_device_free": counters.pages_unmapped,
+        "num_device_free": unmapped,
         "num_growths": counters.growths,
         "num_evictions": counters.evictions,
         "num_restores": counters.restores,
@@ -68,7 +72,7 @@ def _rows(
     name: str,
     everything: _Flow,
     small: _Flow,
-    peaks: tuple[int, int, int] = (0, 0, 0),
+    peaks: Sequence[int] = (0, 0, 0),
     away: int = 0,
 ) -> dict[str, int]:
     """Rows for all, large and small, of which ``away`` is not on the device."""
@@ -82,9 +86,9 @@ def _rows(
 
 
 def _row(name: str, flow: _Flow, peak: int = 0, away: int = 0) -> dict[str, int]:
-    current = flow.came - flow.went
+    current = flow.came - flow.went - away
     return {
-        f"{name}.current": current - away,
+        f"{name}.current": current,
         f"{name}.peak": max(peak, current),
         f"{name}.allocated": flow.came,
         f"{name}.freed": flow.went,

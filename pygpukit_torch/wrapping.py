@@ -1,28 +1,29 @@
 """Functions of torch in whose place ours stand while a device is initialized."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
+Function = Callable[..., Any]
 
-@dataclass(frozen=True)
+
 class Wrapping:
-    """That ``ours`` stands in the place of ``owner.name``, which is ``before`` at other times."""
+    """That ``wrap(before)`` stands in the place of ``owner.name``, which is ``before`` else."""
 
-    owner: Any
-    name: str
-    before: Callable[..., Any]
-    ours: Callable[..., Any]
+    def __init__(self, owner: Any, name: str, wrap: Callable[[Function], Function]) -> None:
+        self._owner = owner
+        self._name = name
+        self._wrap = wrap
+        self._before: Function | None = None
+        self._ours: Function | None = None
 
+    def put_on(self) -> None:
+        """Let ours be called from now on; it calls what is there now."""
+        self._before = getattr(self._owner, self._name)
+        self._ours = self._wrap(self._before)
+        setattr(self._owner, self._name, self._ours)
 
-def put_on(wrappings: Iterable[Wrapping]) -> None:
-    """Let ours be called from now on."""
-    for one in wrappings:
-        setattr(one.owner, one.name, one.ours)
-
-
-def take_off(wrappings: Iterable[Wrapping]) -> None:
-    """Put back what was there, unless somebody else has wrapped it meanwhile."""
-    for one in wrappings:
-        if getattr(one.owner, one.name) is one.ours:
-            setattr(one.owner, one.name, one.before)
+    def take_off(self) -> None:
+        """Put back what was there, unless somebody else has wrapped it meanwhile."""
+        if self._ours is not None and getattr(self._owner, self._name) is self._ours:
+            setattr(self._owner, self._name, self._before)
+        self._ours = None

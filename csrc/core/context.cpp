@@ -95,7 +95,7 @@ void* Context::allocate_resident(std::size_t bytes, StreamId stream) {
     lane = *found;
   }
   if (!fences_.empty()) [[unlikely]]
-    settle_fences_of(static_cast<std::uint32_t>(granules));
+    settle_fence_of(static_cast<std::uint32_t>(granules));
   const std::uint32_t start = arena_.allocate(static_cast<std::uint32_t>(granules), lane);
   return start == Arena::kNone ? nullptr : finish_allocation(start, granules);
 }
@@ -192,10 +192,9 @@ void Context::release(std::uint32_t start, std::span<const StreamId> streams,
   if (fence.points.empty()) {
     count_free(arena_.release(start));
   } else {
-    fences_.reserve(fences_.size() + 1);
-    fence.granules = arena_.fence(start);
-    count_free(fence.granules);
-    fences_.push_back(std::move(fence));
+    Fence& kept = fences_.emplace_back(std::move(fence));
+    kept.granules = arena_.fence(start);
+    count_free(kept.granules);
   }
 }
 
@@ -224,15 +223,17 @@ bool Context::settle_fences() {
   return settled > 0;
 }
 
-// Blocks of that size, as far as they can be told soon: whoever asks for one gets it back at once.
-void Context::settle_fences_of(std::uint32_t granules) {
-  const std::size_t asked = std::min(fences_.size(), kFencesAsked);
-  std::erase_if(fences_, [&, i = std::size_t{0}](Fence& fence) mutable {
-    if (i++ >= asked || fence.granules != granules) return false;
-    std::erase_if(fence.points, [this](Fence::Point& point) { return is_past(point); });
-    if (fence.points.empty()) arena_.unfence(fence.start);
-    return fence.points.empty();
-  });
+// The first block of that size that has been passed, of few: whoever asks for one gets it back.
+void Context::settle_fence_of(std::uint32_t granules) {
+  const auto end = fences_.begin() + std::min<std::ptrdiff_t>(std::ssize(fences_), kFencesAsked);
+  for (auto fence = fences_.begin(); fence != end; ++fence) {
+    if (fence->granules != granules) continue;
+    std::erase_if(fence->points, [this](Fence::Point& point) { return is_past(point); });
+    if (!fence->points.empty()) continue;
+    arena_.unfence(fence->start);
+    fences_.erase(fence);
+    return;
+  }
 }
 
 // An event that memory of this context waits for.

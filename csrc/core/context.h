@@ -236,7 +236,7 @@ class Context : public std::enable_shared_from_this<Context> {
   void release(std::uint32_t start, std::span<const StreamId> streams,
                std::optional<EventId> of_all = std::nullopt);
   bool settle_fences();
-  void settle_fences_of(std::uint32_t granules);
+  void settle_fence_of(std::uint32_t granules);
   bool is_past(Fence::Point& point);
   std::optional<EventId> awaited_event() const;
   std::optional<EventId> event_of_all() const;
@@ -280,7 +280,7 @@ class Context : public std::enable_shared_from_this<Context> {
   // As in torch, c10/cuda/CUDACachingAllocator.cpp.
   static constexpr std::size_t kSmallBlock = MiB;
   // How many fences a request looks at for a block of its own size.
-  static constexpr std::size_t kFencesAsked = 8;
+  static constexpr std::ptrdiff_t kFencesAsked = 8;
 
   // How many are open, whether another may be, and what it has to wait for.
   static constexpr std::uint32_t kClosed = std::uint32_t{1} << 31;

@@ -55,10 +55,11 @@ struct Usage {
 // Sums over all contexts, those that are gone included.
 struct Totals {
   Context::Counters counters;
-  std::size_t used = 0;        // segments included
-  std::size_t peak = 0;        // sum of the contexts' peaks: at least the peak of the sum
-  std::size_t used_away = 0;   // of what is used, at least so much is evicted
-  std::size_t small_peak = 0;  // the same of small and of large blocks, while they live
+  std::size_t used = 0;         // segments included
+  std::size_t peak = 0;         // sum of the contexts' peaks: at least the peak of the sum
+  std::size_t used_away = 0;    // of what is used, at least so much is evicted
+  std::size_t active_away = 0;  // the same with what is fenced
+  std::size_t small_peak = 0;   // the same of small and of large blocks, while they live
   std::size_t large_peak = 0;
   std::size_t least_segment_bytes = 0;  // since the peaks were reset: at most the least sum
   std::size_t fenced = 0;               // freed, but other streams may still use it
@@ -314,7 +315,7 @@ class Manager : public std::enable_shared_from_this<Manager> {
   std::string host_memory_is_full() const;
   std::string nobody_gives_way(const Context& context, std::size_t bytes) const;
   void require_known(const Context& context) const;
-  Refusal refusal_of(const Context& context) const;
+  Refusal refusal_of(const Context& context);
   [[noreturn]] void refuse_restore(Context& context, const std::string& why,
                                    ErrorCode code = ErrorCode::out_of_memory);
 

@@ -84,7 +84,10 @@ void* Manager::allocate_slow(Context& context, std::size_t bytes, StreamId strea
         }
         Lock lock(mutex_);
         if (stopped_victims_ > 0) moved_.wait_until(lock, need.deadline);
-        if (Clock::now() >= need.deadline) return nullptr;
+        if (Clock::now() >= need.deadline) {
+          why = "others that are moving did not come to an end within claim_timeout";
+          return nullptr;
+        }
         continue;
       }
       is_asked = true;

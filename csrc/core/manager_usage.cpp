@@ -114,7 +114,9 @@ Totals Manager::totals() const {
     totals.counters += context->counters_;
     const std::size_t used = context->arena_.used_bytes();
     totals.used += used;
-    totals.used_away += std::min(used, context->evicted_pages_ * context->page_bytes());
+    const std::size_t evicted = context->evicted_pages_ * context->page_bytes();
+    totals.used_away += std::min(used, evicted);
+    totals.active_away += std::min(used + context->arena_.fenced_bytes(), evicted);
     totals.peak += context->arena_.peak_bytes();
     totals.least_segment_bytes += context->least_segment_bytes_;
     totals.small_peak += context->small_peak_;
@@ -158,7 +160,15 @@ std::string Manager::nobody_gives_way(const Context& context, std::size_t bytes)
 }
 
 // The facts of a refusal, but for what was wanted and why it could not be had.
-Refusal Manager::refusal_of(const Context& context) const {
+Refusal Manager::refusal_of(const Context& context) {
+  const std::lock_guard lock(mutex_);
+  require_usable();
+  require_known(context);
+  refresh_outside();
+  {
+    const ContextLock context_lock(context.mutex_);
+    require_live(context);
+  }
   const Usage own = usage_of(context, standings(&context));
   const Device::Properties& device = device_->properties();
   Refusal refusal;
@@ -167,9 +177,11 @@ Refusal Manager::refusal_of(const Context& context) const {
   refusal.used = own.used;
   refusal.peak = own.peak;
   refusal.resident = own.resident;
+  refusal.evicted = own.evicted;
   refusal.budget = own.max;
   refusal.available = own.available;
-  refusal.page = context.page_bytes();
+  const std::size_t page = context.page_bytes();
+  refusal.page = page;
   if (context.partition_ && context.partition_->limits.memory) {
     refusal.partition = own.partition;
     refusal.partition_resident = ledger_.resident(context.partition_->account);
@@ -180,14 +192,22 @@ Refusal Manager::refusal_of(const Context& context) const {
   refusal.capacity = ledger_.capacity();
   refusal.free = std::min(ledger_.capacity() - std::min(ledger_.capacity(), ledger_.resident()),
                           pool_.pooled_bytes() + device_->free_bytes());
+  const Ledger::PartitionId partition = ledger_.account(context.id()).partition;
+  refusal.is_short_in_partition =
+      partition != Ledger::kDevice && ledger_.shortage_in_partition(context.id(), page) > 0;
   std::vector<Context*> contexts = all();
-  std::erase_if(contexts, [&](const Context* other) {
-    return other != &context && ledger_.account(other->id()).resident == 0;
-  });
-  const auto resident = [&](const Context* one) { return ledger_.account(one->id()).resident; };
+  const auto committed = [&](const Context* one) { return ledger_.account(one->id()).committed(); };
+  for (const Context* one : contexts) {
+    const Ledger::Account& account = ledger_.account(one->id());
+    if (one != &context) refusal.reserved += account.committed() - account.resident;
+  }
+  refusal.reserved = std::min(refusal.reserved, refusal.free);
+  std::erase_if(contexts,
+                [&](const Context* one) { return one != &context && committed(one) == 0; });
   const std::size_t named = std::min(contexts.size(), Refusal::kHolders);
-  std::partial_sort(contexts.begin(), contexts.begin() + named, contexts.end(),
-                    [&](const Context* a, const Context* b) { return resident(a) > resident(b); });
+  std::partial_sort(
+      contexts.begin(), contexts.begin() + named, contexts.end(),
+      [&](const Context* a, const Context* b) { return committed(a) > committed(b); });
   for (const Context* one : std::span(contexts).first(named)) {
     const Ledger::Account& account = ledger_.account(one->id());
     const bool is_used = this->is_used(*one);
@@ -200,11 +220,12 @@ Refusal Manager::refusal_of(const Context& context) const {
                                .used = one->arena_.used_bytes(),
                                .resident = account.resident,
                                .evicted = one->evicted_pages_ * one->page_bytes(),
-                               .base = account.base});
+                               .base = account.base,
+                               .mate = Ledger::is_in(account, partition)});
   }
   refusal.others = contexts.size() - named;
   for (const Context* one : std::span(contexts).subspan(named)) {
-    refusal.others_resident += resident(one);
+    refusal.others_committed += committed(one);
   }
   return refusal;
 }
@@ -214,36 +235,21 @@ void Manager::refuse(Context& context, std::size_t bytes, const std::string& sai
     const ContextLock lock(context.mutex_);
     ++context.counters_.refusals;
   }
-  Refusal refusal;
-  {
-    const std::lock_guard lock(mutex_);
-    require_usable();
-    require_known(context);
-    refresh_outside();
-    refusal = refusal_of(context);
-  }
+  Refusal refusal = refusal_of(context);
   refusal.requested = bytes;
   refusal.reason = said;
   Refusals::raise(std::move(refusal));
 }
 
 void Manager::refuse_restore(Context& context, const std::string& why, ErrorCode code) {
-  Refusal refusal;
-  {
-    const std::lock_guard lock(mutex_);
-    require_usable();
-    require_known(context);
-    refresh_outside();
-    refusal = refusal_of(context);
-    const ContextLock context_lock(context.mutex_);
-    refusal.requested = context.evicted_pages_ * context.page_bytes();
-  }
+  Refusal refusal = refusal_of(context);
   if (code != ErrorCode::out_of_memory) {
     throw Error(code, "context '" + context.name() +
-                          "' cannot be brought back: " + format_bytes(refusal.requested) +
+                          "' cannot be brought back: " + format_bytes(refusal.evicted) +
                           " of it are in host memory" + (why.empty() ? "" : ": " + why) + ".");
   }
   refusal.wanted = Refusal::Wanted::restore;
+  refusal.requested = refusal.evicted;
   refusal.reason = why;
   Refusals::raise(std::move(refusal));
 }

@@ -1,5 +1,7 @@
 #include "core/refusal.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <deque>
 #include <mutex>
@@ -13,15 +15,29 @@ struct Kept {
   Refusal refusal;
 };
 
-std::mutex mutex;
-std::deque<Kept>& kept() {
-  static std::deque<Kept> latest;
-  return latest;
-}
+// Leaked: daemon threads may run out of memory while the process ends.
+struct Latest {
+  std::mutex mutex;
+  std::deque<Kept> kept;
+
+  Latest() {
+    pthread_atfork([] { latest().mutex.lock(); }, [] { latest().mutex.unlock(); },
+                   [] { latest().mutex.unlock(); });
+  }
+  static Latest& latest() {
+    static auto& only = *new Latest;
+    return only;
+  }
+};
 
 bool is_over_budget(const Refusal& refusal) {
+  const auto exceeds = [&](std::size_t bytes, std::size_t held) {
+    return bytes > refusal.budget - std::min(refusal.budget, held);
+  };
+  // It takes whole granules out of whole pages.
   return refusal.wanted == Refusal::Wanted::block &&
-         refusal.requested > refusal.budget - std::min(refusal.budget, refusal.used);
+         (exceeds(round_up(refusal.requested, kGranule), refusal.used) ||
+          exceeds(refusal.page, refusal.resident + refusal.evicted));
 }
 
 bool is_fragmented(const Refusal& refusal) {
@@ -29,8 +45,8 @@ bool is_fragmented(const Refusal& refusal) {
 }
 
 std::string reason_of(const Refusal& refusal) {
-  if (is_over_budget(refusal)) return "the request does not fit into its budget";
   if (is_fragmented(refusal)) return "there is room, but in pieces";
+  if (is_over_budget(refusal)) return "the request does not fit into its budget";
   return "nobody can give way";
 }
 
@@ -45,7 +61,9 @@ std::string as_torch_says(const Refusal& refusal) {
 
 std::string of_device(const Refusal& refusal) {
   return " " + refusal.device + " has a total capacity of " + format_bytes(refusal.capacity) +
-         " for contexts, of which " + format_bytes(refusal.free) + " is free.";
+         " for contexts, of which " + format_bytes(refusal.free) + " is free" +
+         (refusal.reserved == 0 ? "."
+                                : ", " + format_bytes(refusal.reserved) + " reserved for bases.");
 }
 
 std::string of_context(const Refusal& refusal) {
@@ -76,29 +94,32 @@ std::string of_holders(const Refusal& refusal) {
   }
   if (refusal.others != 0) {
     text += ", and " + std::to_string(refusal.others) + " more with " +
-            format_bytes(refusal.others_resident);
+            format_bytes(refusal.others_committed);
   }
   return text.empty() ? text : text + ".";
 }
 
-// What would help, given that nobody else can give way.
+// What would help, where nobody can give way or the figures say what is wrong. Other reasons say
+// it.
 std::string advice(const Refusal& refusal) {
-  if (is_over_budget(refusal)) {
+  const bool is_full = refusal.reason.ends_with("can give way");
+  if (refusal.is_explained && !is_full) return "";
+  if (!is_full && is_fragmented(refusal)) {
+    return " " + format_bytes(refusal.available) + " could be had, fragmented over pages of " +
+           format_bytes(refusal.page) + ". Allocate larger tensors first, or raise the budget.";
+  }
+  if (!is_full && is_over_budget(refusal)) {
     return refusal.requested > refusal.budget
                ? " It is more than the whole budget: raise that with resize()."
                : " Free tensors of the context, or raise its budget with resize().";
-  }
-  if (refusal.reason.starts_with("the device said")) return "";
-  if (!refusal.is_explained && is_fragmented(refusal)) {
-    return " " + format_bytes(refusal.available) + " could be had, fragmented over pages of " +
-           format_bytes(refusal.page) + ". Allocate larger tensors first, or raise the budget.";
   }
   bool has_higher = false;
   std::string busy;
   std::string pinned;
   for (const Refusal::Holder& holder : refusal.holders) {
     if (holder.name == refusal.context || holder.resident <= holder.base) continue;
-    if (holder.tier > refusal.tier) {
+    if (refusal.is_short_in_partition && !holder.mate) continue;
+    if (holder.tier > refusal.tier && !holder.orphan) {
       has_higher = true;
     } else if (holder.pinned) {
       pinned += (pinned.empty() ? "" : ", ") + holder.name;
@@ -109,12 +130,11 @@ std::string advice(const Refusal& refusal) {
   std::string text;
   if (!busy.empty()) text += " Wait until sessions end that use " + busy + ".";
   if (!pinned.empty()) text += " Unpin " + pinned + ".";
-  if (has_higher)
+  if (has_higher) {
     text += std::string(text.empty() ? " Others" : " The rest") +
             " are of a higher tier and do not give way.";
-  if (text.empty() && !refusal.is_explained)
-    text = " Free tensors, destroy contexts, or give contexts smaller bases.";
-  return text;
+  }
+  return text.empty() ? " Free tensors, destroy contexts, or give contexts smaller bases." : text;
 }
 
 }  // namespace
@@ -129,16 +149,18 @@ void Refusals::raise(Refusal refusal) {
   if (!refusal.is_explained) refusal.reason = reason_of(refusal);
   const std::string text = to_text(refusal);
   {
-    const std::lock_guard lock(mutex);
-    if (kept().size() == kKept) kept().pop_front();
-    kept().push_back({text, std::move(refusal)});
+    Latest& latest = Latest::latest();
+    const std::lock_guard lock(latest.mutex);
+    if (latest.kept.size() == kKept) latest.kept.pop_front();
+    latest.kept.push_back({text, std::move(refusal)});
   }
   throw Error(ErrorCode::out_of_memory, text);
 }
 
 std::optional<Refusal> Refusals::find(std::string_view error) {
-  const std::lock_guard lock(mutex);
-  for (auto known = kept().rbegin(); known != kept().rend(); ++known) {
+  Latest& latest = Latest::latest();
+  const std::lock_guard lock(latest.mutex);
+  for (auto known = latest.kept.rbegin(); known != latest.kept.rend(); ++known) {
     if (error.starts_with(known->text)) return known->refusal;
   }
   return std::nullopt;

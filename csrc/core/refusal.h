@@ -1,6 +1,7 @@
 // A request that nobody could serve: the facts, and the text that is made of them.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -25,6 +26,10 @@ struct Refusal {
     std::size_t resident = 0;
     std::size_t evicted = 0;
     std::size_t base = 0;
+    bool mate = true;  // of the context's partition
+
+    // What it keeps from others: what it has, or what is kept for it.
+    std::size_t committed() const { return std::max(base, resident); }
   };
   // What was wanted: a block, or all of the context back from host memory.
   enum class Wanted : std::uint8_t { block, restore };
@@ -36,6 +41,7 @@ struct Refusal {
   std::size_t used = 0;
   std::size_t peak = 0;
   std::size_t resident = 0;
+  std::size_t evicted = 0;
   std::size_t budget = 0;
   std::size_t available = 0;  // what it could have in addition, in pieces
   std::size_t page = 0;
@@ -45,12 +51,14 @@ struct Refusal {
   bool is_on_host = false;
   std::string device;  // as a sentence calls it
   std::size_t capacity = 0;
-  std::size_t free = 0;
+  std::size_t free = 0;      // of the capacity, bases that are not filled included
+  std::size_t reserved = 0;  // of what is free, for bases of others
+  bool is_short_in_partition = false;
   std::string reason;           // a clause
   bool is_explained = false;    // by who refused it; else the reason is what the figures say
   std::vector<Holder> holders;  // of the device, the context itself included; the largest first
   std::size_t others = 0;       // how many more there are
-  std::size_t others_resident = 0;
+  std::size_t others_committed = 0;
 
   static constexpr std::size_t kHolders = 10;
 };
@@ -65,7 +73,7 @@ class Refusals {
 
   // Keeps it and throws it.
   [[noreturn]] static void raise(Refusal refusal);
-  // The latest whose text the error's begins with.
+  // The latest whose text the error's begins with; of equal texts the latest.
   static std::optional<Refusal> find(std::string_view error);
 };
 

@@ -74,17 +74,20 @@ void CudaStatistics::add_to(c10::CachingDeviceAllocator::DeviceStats& stats) con
   const auto count = [](const Flow& flow) { return flow.in - flow.out; };
   const std::int64_t small = count(now.small_blocks);
   const Peaks blocks{count(now.blocks), small, count(now.blocks) - small};
-  const Peaks bytes{number(totals.peak) - in_both, number(totals.small_peak),
-                    number(totals.large_peak) - in_both};
+  const Peaks bytes{number(std::min(totals.peak, totals.existing_peak)) - in_both,
+                    number(totals.small_peak), number(totals.large_peak) - in_both};
   const auto all_large = [](std::int64_t peak) { return Peaks{peak, 0, peak}; };
   add(stats.allocation, now, &Flows::blocks, &Flows::small_blocks, blocks);
   add(stats.active, now, &Flows::blocks, &Flows::small_blocks, blocks);
   // So that what is allocated is never more than what is reserved: libraries subtract them.
-  const std::int64_t away =
-      std::min(number(totals.used_away), std::max(count(now.bytes), std::int64_t{0}));
+  const auto within = [&](std::size_t away, const Flow& flow) {
+    return std::min(number(away), std::max(count(flow), std::int64_t{0}));
+  };
+  const std::int64_t away = within(totals.used_away, now.bytes);
   add(stats.allocated_bytes, now, &Flows::bytes, &Flows::small_bytes, bytes, away);
   add(stats.requested_bytes, now, &Flows::bytes, &Flows::small_bytes, bytes, away);
-  add(stats.active_bytes, now, &Flows::active, &Flows::small_bytes, bytes, away);
+  add(stats.active_bytes, now, &Flows::active, &Flows::small_bytes, bytes,
+      within(totals.active_away, now.active));
   // Pages serve blocks of any size.
   add(stats.segment, now, &Flows::segments, &Flows::none, all_large(count(now.segments)));
   add(stats.reserved_bytes, now, &Flows::reserved, &Flows::none,

@@ -167,3 +167,42 @@ def test_a_context_that_cannot_come_back_says_so_in_the_same_words() -> None:
     assert known is not None
     assert (known.context, known.requested) == ("sleeper", 200 * MB)
     assert kept[-1] == 1
+
+
+def test_reserved_room_is_told_and_who_has_it() -> None:
+    create_context("base", 240 * MB, base_vram=200 * MB)
+    with at_work("low", 100 * MB, QoSPolicy.BEST_EFFORT):
+        pgk.get_context("base").resize(250 * MB, 150 * MB)
+        text = str(refused(create_context("late", 200 * MB), 160 * MB))
+    assert "reserved for bases" in text
+    assert "base 0 B (burstable, base 150.00 MiB)" in text
+    assert text.endswith("Wait until sessions end that use low.")
+
+
+def test_a_budget_of_no_whole_pages_is_named_as_what_is_full() -> None:
+    context = create_context("a", 9 * MB)
+    with context_session(context):
+        kept = torch.ones(8 * MB, dtype=torch.uint8)
+    text = str(refused(context, MB // 2))
+    assert "Reason: the request does not fit into its budget." in text
+    assert text.endswith("Free tensors of the context, or raise its budget with resize().")
+    assert kept[-1] == 1
+
+
+def test_a_handler_that_refuses_is_the_whole_reason() -> None:
+    with context_session(create_context("big", 200 * MB)):
+        kept = torch.ones(190 * MB, dtype=torch.uint8)
+    handler = pgk.on_memory_pressure(lambda *_: False)
+    try:
+        with at_work("busy", 4 * MB, QoSPolicy.BURSTABLE):
+            text = str(refused(create_context("late", 200 * MB), 180 * MB))
+    finally:
+        handler.remove()
+    assert "a memory pressure handler refused to have others evicted" in text
+    assert "Wait until" not in text
+    assert kept.numel() == 190 * MB
+
+
+def test_what_is_no_error_of_memory_has_no_facts() -> None:
+    assert refusal_of(ValueError("\udc80")) is None
+    assert refusal_of(RuntimeError("\udc80")) is None

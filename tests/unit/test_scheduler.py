@@ -500,6 +500,10 @@ def test_no_difference_of_figures_is_negative_while_pages_move() -> None:
     context.evict()
     stats = context.memory_stats()
     assert stats["allocated_bytes.all.current"] == stats["reserved_bytes.all.current"] == 0
+    assert stats["reserved_bytes.all.freed"] == 0, "nothing was given back"
+    context.reset_peak()
+    stats = context.memory_stats()
+    assert stats["allocated_bytes.all.peak"] == stats["reserved_bytes.all.peak"] == 0
     assert stats["evicted_bytes.current"] == context.usage().used == 32 * MB
     assert kept[-1] == 1
 

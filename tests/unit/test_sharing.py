@@ -2,6 +2,7 @@
 
 import collections
 import multiprocessing
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 import pygpukit_torch as pgk
 from pygpukit_torch import MB, context_session, share, sharing
+from pygpukit_torch.wrapping import Function, Wrapping
 
 
 def test_a_shared_copy_is_charged_to_nobody(a: pgk.ExecutionContext) -> None:
@@ -56,11 +58,51 @@ def total(
     answers.put(int(queue.get(timeout=60).sum()))
 
 
+def test_a_shared_copy_needs_no_room_in_the_budget(a: pgk.ExecutionContext) -> None:
+    with context_session(a):
+        x = torch.ones(a.max_vram - MB, dtype=torch.uint8)
+        assert share(x)[-1].item() == 1
+
+
 def test_tensors_are_found_in_what_is_sent() -> None:
     x, y, z = (torch.ones(1) for _ in range(3))
-    Pair = collections.namedtuple("Pair", "a b")
+    pair = collections.namedtuple("pair", "a b")
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    sent = {"a": [x, (y, "text")], "b": Pair(z, 3), "c": model}
+    sent = {"a": [x, (y, "text")], "b": pair(z, 3), "c": model}
     found = list(sharing._tensors_of(sent))
     assert [t.data_ptr() for t in found[:3]] == [t.data_ptr() for t in (x, y, z)]
     assert len(found) == 3 + 4 + 3
+
+
+def test_what_pickles_is_sent_whatever_it_is(a: pgk.ExecutionContext) -> None:
+    endless: list[object] = [1]
+    endless.append(endless)
+    with context_session(a):
+        inside = torch.ones(1)
+    for sent in (endless, [torch.eye(2).to_sparse()], [inside], list(range(10**6)), "text", None):
+        assert sharing._context_in(sent) is None
+    put = sharing._unless_in_a_context(lambda self, obj: self.append(obj))
+    got: list[object] = []
+    put(got, inside)
+    assert got == [inside]
+
+
+def test_wrappers_of_others_stay() -> None:
+    class Owner:
+        def call(self) -> str:
+            return "torch"
+
+    def wrap(what: str) -> Callable[[Function], Function]:
+        return lambda before: lambda self: f"{what}({before(self)})"
+
+    ours = Wrapping(Owner, "call", wrap("ours"))
+    Owner.call = wrap("theirs")(Owner.call)  # type: ignore[method-assign]
+    for _ in range(2):
+        ours.put_on()
+        assert Owner().call() == "ours(theirs(torch))"
+        ours.take_off()
+        assert Owner().call() == "theirs(torch)"
+    ours.put_on()
+    Owner.call = wrap("later")(Owner.call)  # type: ignore[method-assign]
+    ours.take_off()
+    assert Owner().call() == "later(ours(theirs(torch)))"
