@@ -1,7 +1,5 @@
 #include "core/refusal.h"
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <deque>
 #include <mutex>
@@ -20,10 +18,6 @@ struct Latest {
   std::mutex mutex;
   std::deque<Kept> kept;
 
-  Latest() {
-    pthread_atfork([] { latest().mutex.lock(); }, [] { latest().mutex.unlock(); },
-                   [] { latest().mutex.unlock(); });
-  }
   static Latest& latest() {
     static auto& only = *new Latest;
     return only;

@@ -314,7 +314,7 @@ def test_a_context_in_use_is_not_evicted_for_a_mate(
     session = enter(first)
     assert manager.usage(second).available == 24 * MB
     is_full = (
-        r"Partition 'a': 40.00 MiB resident of 64.00 MiB. Reason: its partition is full, and no"
+        r"partition 'a' has 40.00 MiB of 64.00 MiB in use. Reason: its partition is full, and no"
     )
     with pytest.raises(torch.OutOfMemoryError, match=is_full):
         second.allocate(40 * MB)
