@@ -25,7 +25,7 @@ def statistics_of(usage: native.Usage, page_bytes: int) -> dict[str, int]:
     peaks = tuple(min(peak, most) for peak in (usage.peak, usage.large_peak, usage.small_peak))
     away = min(usage.used, usage.evicted)
     active_away = min(usage.used + usage.fenced, usage.evicted)
-    # Pages that were moved out count as long as they are away.
+    # A page that is moved out is not unmapped: what has gone never gets less.
     mapped, unmapped = counters.pages_mapped, counters.pages_unmapped
     pages = _Flow(mapped, unmapped)
     reserved = _Flow(mapped * page_bytes, unmapped * page_bytes)

@@ -223,7 +223,7 @@ bool Context::settle_fences() {
   return settled > 0;
 }
 
-// The first block of that size that has been passed, of few: whoever asks for one gets it back.
+// One block of that size that has been passed, of few: whoever asks for one gets it back.
 void Context::settle_fence_of(std::uint32_t granules) {
   const auto end = fences_.begin() + std::min<std::ptrdiff_t>(std::ssize(fences_), kFencesAsked);
   for (auto fence = fences_.begin(); fence != end; ++fence) {
@@ -231,7 +231,9 @@ void Context::settle_fence_of(std::uint32_t granules) {
     std::erase_if(fence->points, [this](Fence::Point& point) { return is_past(point); });
     if (!fence->points.empty()) continue;
     arena_.unfence(fence->start);
-    fences_.erase(fence);
+    // There may be many, and this is on the way of a hit.
+    if (fence + 1 != fences_.end()) *fence = std::move(fences_.back());
+    fences_.pop_back();
     return;
   }
 }

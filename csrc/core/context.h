@@ -279,7 +279,7 @@ class Context : public std::enable_shared_from_this<Context> {
 
   // As in torch, c10/cuda/CUDACachingAllocator.cpp.
   static constexpr std::size_t kSmallBlock = MiB;
-  // How many fences a request looks at for a block of its own size.
+  // Among how many fences a request looks for a block of its own size.
   static constexpr std::ptrdiff_t kFencesAsked = 8;
 
   // How many are open, whether another may be, and what it has to wait for.

@@ -151,6 +151,14 @@ void Refusals::raise(Refusal refusal) {
   throw Error(ErrorCode::out_of_memory, text);
 }
 
+void Refusals::lock() {
+  Latest::latest().mutex.lock();
+}
+
+void Refusals::unlock() {
+  Latest::latest().mutex.unlock();
+}
+
 std::optional<Refusal> Refusals::find(std::string_view error) {
   Latest& latest = Latest::latest();
   const std::lock_guard lock(latest.mutex);

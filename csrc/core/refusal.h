@@ -75,6 +75,9 @@ class Refusals {
   [[noreturn]] static void raise(Refusal refusal);
   // The latest whose text the error's begins with; of equal texts the latest.
   static std::optional<Refusal> find(std::string_view error);
+  // Around a fork.
+  static void lock();
+  static void unlock();
 };
 
 }  // namespace pgk

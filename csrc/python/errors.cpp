@@ -60,8 +60,6 @@ void bind_errors(py::module_& module) {
       .def_readonly("used", &Refusal::used)
       .def_readonly("budget", &Refusal::budget)
       .def_readonly("available", &Refusal::available)
-      .def_readonly("free", &Refusal::free)
-      .def_readonly("capacity", &Refusal::capacity)
       .def_readonly("reason", &Refusal::reason)
       .def_readonly("holders", &Refusal::holders)
       .def_readonly("others", &Refusal::others);

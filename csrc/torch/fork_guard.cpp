@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/refusal.h"
 #include "core/session.h"
 #include "core/session_queue.h"
 
@@ -53,9 +54,11 @@ void before_fork() {
   guard().managers.lock();
   guard().pools.lock();
   lock_session_queue();
+  Refusals::lock();
 }
 
 void unlock() {
+  Refusals::unlock();
   unlock_session_queue();
   guard().pools.unlock();
   guard().managers.unlock();

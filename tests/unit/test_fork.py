@@ -341,3 +341,33 @@ def _in_spawned_process() -> int:
         tensor = torch.ones(1000)
         assert tensor.sum() == 1000
         return session.context.usage().used
+
+
+def test_a_child_knows_refusals_while_other_threads_are_refused(
+    context: pgk.ExecutionContext,
+) -> None:
+    with pgk.context_session(context), pytest.raises(torch.OutOfMemoryError) as caught:
+        torch.empty(65 * MB, dtype=torch.uint8)
+    stop = threading.Event()
+
+    def be_refused() -> None:
+        with pgk.context_session(context):
+            while not stop.is_set():
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    torch.empty(66 * MB, dtype=torch.uint8)
+
+    def requested() -> int:
+        known = pgk.refusal_of(caught.value)
+        return 0 if known is None else known.requested
+
+    threads = [threading.Thread(target=be_refused) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        # It may be forgotten by then: 256 are kept.
+        answers = {in_child(requested) for _ in range(40)}
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert answers <= {0, 65 * MB}
